@@ -1,0 +1,82 @@
+"""From a folder to a model on a mesh: shapes first, then shardings, then weights streamed onto their shards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from gemma_tpu import mesh as meshes
+from gemma_tpu import variants, weights
+from gemma_tpu.model import Decoder
+from gemma_tpu.projection import Base, LoRA
+from gemma_tpu.shards import Checkpoint, open_checkpoint
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def architecture(checkpoint: Checkpoint) -> variants.Architecture:
+    """What config.json says, with the prefix that the tensors really have."""
+    arch = variants.from_config(checkpoint.config)
+    names = checkpoint.names()
+    if f"{arch.prefix}embed_tokens.weight" not in names:
+        # Text towers saved alone from a multimodal class, or the other way round, keep config.json as it was.
+        for prefix in ("model.language_model.", "model."):
+            if f"{prefix}embed_tokens.weight" in names:
+                return arch.with_prefix(prefix)
+    return arch
+
+
+def variables(model: Decoder, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, nnx.Variable]:
+    """Every variable of the model by its dotted path."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
+
+
+def assign(model: Decoder, values: Mapping[str, Any]) -> None:
+    """Give variables their values, by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    chosen = [(path, leaf.replace(values[name])) for path, leaf in flat if (name := ".".join(map(str, path))) in values]
+    if len(chosen) != len(values):
+        raise KeyError(f"not in the model: {sorted(set(values) - {'.'.join(map(str, p)) for p, _ in chosen})}")
+    nnx.update(model, nnx.from_flat_state(chosen))
+
+
+def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
+    """A sharding for every variable, each held against its rank and the mesh; and what had to be changed."""
+    tensors, specs = [], {}
+    for path, variable in variables(model).items():
+        axes = variable.get_metadata()["axes"]
+        tensors.append(meshes.Tensor(path, tuple(variable.shape), axes, variable.dtype.itemsize))
+        specs[path] = meshes.spec_for(axes, mesh)
+    whole = frozenset({"kv_heads"}) if replicate_kv else frozenset()
+    fixed, fixes = meshes.fix_specs(tensors, specs, mesh, whole)
+    return meshes.shardings(mesh, fixed), fixes
+
+
+def load_base(model: Decoder, checkpoint: Checkpoint, shardings: Mapping[str, NamedSharding]) -> None:
+    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in variables(model, Base).items()}
+    assign(model, weights.load(checkpoint, model.arch, shapes, shardings))
+
+
+def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+    """Host arrays onto their shards, each device getting its own slice."""
+    return {
+        path: jax.make_array_from_callback(value.shape, shardings[path], lambda index, value=value: value[index])
+        for path, value in values.items()
+    }
+
+
+def one_device_mesh() -> Mesh:
+    return meshes.build({}, jax.devices()[:1])
+
+
+def build(
+    folder: str | Path, *, dtype: str, mesh: Mesh | None = None
+) -> tuple[Decoder, Checkpoint]:
+    """The model of a checkpoint as shapes, nothing read yet but its config and headers."""
+    checkpoint = open_checkpoint(Path(folder))
+    return Decoder(architecture(checkpoint), DTYPES[dtype]), checkpoint

@@ -1,0 +1,218 @@
+"""LoRA injection: which projections get an adapter, what that adds, and how it starts.
+
+Targets are names or one regex over module names, the checkpoint's (`q_proj`) or ours (`kv_einsum`). A target that
+matches nothing is an error, and so is a projection that exists, was not excluded and was not matched: a layer
+type that silently gets no adapter is how published recipes went wrong.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma_tpu.errors import UserError
+from gemma_tpu.model import Decoder
+from gemma_tpu.projection import LoRA, Projection, weight_letters
+from gemma_tpu.variants import Block
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Ours -> the checkpoint's names. Where K and V are one tensor, its adapter holds an A for K and an A for V.
+NAMES = {"kv_einsum": ("k_proj", "v_proj"), "k_einsum": ("k_proj",)}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection of one slot of a block, standing for `repeats` layers."""
+
+    block: Block
+    slot: int
+    path: str  # blocks.0.5.attention.k_einsum
+    projection: Projection
+
+    @property
+    def name(self) -> str:
+        return self.projection.name
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return NAMES.get(self.name, (self.name,))
+
+    @property
+    def layers(self) -> list[int]:
+        return [self.block.layer_index(self.slot, repeat) for repeat in range(self.block.repeats)]
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        stack, _, inside = self._dims()
+        return (self.block.repeats, *stack, rank, *inside)
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        stack, out, _ = self._dims()
+        return (self.block.repeats, *stack, *out, rank)
+
+    def _dims(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        letters = weight_letters(self.projection.equation)
+        dims = iter(self.projection.w.shape[1:])
+        return tuple(tuple(next(dims) for _ in group) for group in letters)  # type: ignore[return-value]
+
+    def axes(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """Logical axes of A and B, from those of the base weight, with the adapter's own rank."""
+        stack, out, _ = weight_letters(self.projection.equation)
+        named = self.projection.w.get_metadata()["axes"][1:]
+        split, end = len(stack), len(stack) + len(out)
+        return ("layers", *named[:split], None, *named[end:]), ("layers", *named[:end], None)
+
+
+def sites(model: Decoder) -> Iterator[Site]:
+    for b, (block, layers) in enumerate(zip(model.arch.blocks, model.blocks, strict=True)):
+        for slot, layer in enumerate(layers):
+            for part in ("attention", "mlp"):
+                for name, module in vars(getattr(layer, part)).items():
+                    if isinstance(module, Projection):
+                        yield Site(block, slot, f"blocks.{b}.{slot}.{part}.{name}", module)
+
+
+def select(model: Decoder, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> list[Site]:
+    """The sites that `targets` (names, or one regex) picks; refuses what matches nothing or leaves something out."""
+    every = list(sites(model))
+    if isinstance(targets, str):
+        targets = ALL if targets == "all" else (targets,)
+        match = _regex_matcher
+    else:
+        match = _name_matcher
+    hits = {target: [site for site in every if match(target, site)] for target in targets}
+    left_out = {name: [site for site in every if _name_matcher(name, site)] for name in exclude}
+    unknown = [t for t, found in {**hits, **left_out}.items() if not found]
+    if unknown:
+        raise UserError(f"lora.targets: nothing matches {', '.join(map(repr, unknown))}; there are:\n{_inventory(every)}")
+    excluded = {site.path for found in left_out.values() for site in found}
+    chosen = {site.path for found in hits.values() for site in found} - excluded
+    forgotten = [site for site in every if site.path not in chosen and site.path not in excluded]
+    if forgotten:
+        raise UserError(
+            "lora.targets leaves out projections that exist; add them, or name them in lora.exclude:\n"
+            + _inventory(forgotten)
+        )
+    if not chosen:
+        raise UserError("lora.targets minus lora.exclude leaves nothing to train")
+    parts = [site for site in every if _in_part(site, targets, match) or _in_part(site, exclude, _name_matcher)]
+    if parts:
+        raise UserError(
+            "lora.targets and lora.exclude take a whole projection (K and V of a kv_einsum, and its layers, are one "
+            "tensor); these are named in part:\n" + _inventory(parts)
+        )
+    return [site for site in every if site.path in chosen]
+
+
+def _name_matcher(target: str, site: Site) -> bool:
+    return target == site.name or target in site.hf_names
+
+
+def _regex_matcher(target: str, site: Site) -> bool:
+    return any(re.search(target, name) for name in (site.path, *_hf_paths(site)))
+
+
+def _hf_paths(site: Site) -> list[str]:
+    part = "self_attn" if ".attention." in site.path else "mlp"
+    return [f"layers.{i}.{part}.{name}" for i in site.layers for name in site.hf_names]
+
+
+def _in_part(site: Site, targets: Sequence[str], match) -> bool:
+    """Do the targets name some of the checkpoint's tensors that this site stands for, but not all of them?"""
+    if match is _regex_matcher:
+        if any(re.search(target, site.path) for target in targets):
+            return False
+        named = [any(re.search(target, path) for target in targets) for path in _hf_paths(site)]
+    else:
+        if site.name in targets:
+            return False
+        named = [name in targets for name in site.hf_names]
+    return any(named) and not all(named)
+
+
+def _inventory(found: Sequence[Site]) -> str:
+    rows: dict[tuple[str, str], list[int]] = {}
+    for site in found:
+        kind = site.block.period[site.slot].kind
+        rows.setdefault((site.name, kind), []).extend(site.layers)
+    lines = []
+    for (name, kind), layers in rows.items():
+        hf = "" if NAMES.get(name) is None else f" ({', '.join(NAMES[name])} in the checkpoint)"
+        lines.append(f"  {name}{hf}: {len(layers)} {kind} layers")
+    return "\n".join(lines)
+
+
+def inject(
+    model: Decoder, *, targets: str | Sequence[str] = ALL, exclude: Sequence[str] = (), rank: int, alpha: float,
+    dropout: float = 0.0,
+) -> list[Site]:  # fmt: skip
+    """Put an adapter on every chosen projection, as shapes; `initial` or a checkpoint gives the values."""
+    chosen = select(model, targets, exclude)
+    for site in chosen:
+        _attach(site, rank, alpha / rank, dropout)
+    return chosen
+
+
+def inject_like(model: Decoder, shapes: Mapping[str, Any], scale: float) -> list[Site]:
+    """The adapters that a checkpoint holds, by its {path: (shape, dtype)}; every one of them must find its place."""
+    chosen = [site for site in sites(model) if f"{site.path}.lora_a" in shapes]
+    placed = {f"{site.path}.{part}" for site in chosen for part in ("lora_a", "lora_b")}
+    if set(shapes) != placed:
+        lost = "\n  ".join(sorted(set(shapes) ^ placed))
+        raise UserError(f"these adapter tensors belong to no projection of this model:\n  {lost}")
+    for site in chosen:
+        rank = shapes[f"{site.path}.lora_b"][0][-1]
+        _attach(site, rank, scale, 0.0)
+    return chosen
+
+
+def _attach(site: Site, rank: int, scale: float, dropout: float) -> None:
+    axes_a, axes_b = site.axes()
+    site.projection.lora_a = LoRA(jax.ShapeDtypeStruct(site.a_shape(rank), jnp.float32), axes=axes_a)
+    site.projection.lora_b = LoRA(jax.ShapeDtypeStruct(site.b_shape(rank), jnp.float32), axes=axes_b)
+    site.projection.lora_scale = scale
+    site.projection.lora_dropout = dropout
+
+
+def initial(model: Decoder, seed: int) -> dict[str, np.ndarray]:
+    """A as PEFT draws it (Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in))), B zero."""
+    values: dict[str, np.ndarray] = {}
+    for number, site in enumerate(site for site in sites(model) if site.projection.lora_a is not None):
+        _, _, inside = weight_letters(site.projection.equation)
+        shape = site.projection.lora_a.shape
+        bound = 1.0 / np.sqrt(np.prod(shape[-len(inside) :]))
+        draw = np.random.Generator(np.random.PCG64([seed, number]))
+        values[f"{site.path}.lora_a"] = draw.uniform(-bound, bound, shape).astype(np.float32)
+        values[f"{site.path}.lora_b"] = np.zeros(site.projection.lora_b.shape, np.float32)
+    return values
+
+
+def absent(model: Decoder) -> list[str]:
+    """Projections that layers lack by architecture: said, and no error."""
+    layers = [i for i, layer in enumerate(model.arch.layers) if layer.k_eq_v]
+    if not layers:
+        return []
+    return [f"v_proj: absent by architecture in {len(layers)} global layers (V is the K projection there)"]
+
+
+def table(chosen: Sequence[Site], rank: int) -> str:
+    """What will be trained: module, layers, shape, rank, parameters, dtype."""
+    rows: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    for site in chosen:
+        shape = tuple(site.projection.w.shape[1:])
+        layers, count = rows.get((site.name, shape), (0, 0))
+        size = int(np.prod(site.a_shape(rank)) + np.prod(site.b_shape(rank)))
+        rows[site.name, shape] = (layers + site.block.repeats, count + size)
+    lines = [f"{'module':<12}{'layers':>7}  {'weight':<22}{'rank':>5}{'parameters':>15}  dtype"]
+    for (name, shape), (layers, count) in rows.items():
+        lines.append(f"{name:<12}{layers:>7}  {'x'.join(map(str, shape)):<22}{rank:>5}{count:>15,}  float32")
+    total = sum(count for _, count in rows.values())
+    return "\n".join([*lines, f"{'total':<12}{'':>7}  {'':<22}{'':>5}{total:>15,}"])
+
+
+def count(model: Decoder) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, LoRA)))

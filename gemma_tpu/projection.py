@@ -1,0 +1,72 @@
+"""One linear map with named dims, and the low-rank update that may ride on it.
+
+An equation like "BTD,NHD->BTNH" says everything: the letters that x and w share and y lacks are contracted (in),
+those that w gives to y are out; "C" in front of a weight stacks K and V in one tensor, each with its own update.
+Weights keep the checkpoint's (out, in) order, so that loading and merging are reshapes and never transposes.
+
+Letters: B rows, T tokens, D hidden, N query heads, K KV heads, H head dim, F mlp, C = 2 (K and V), R rank.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+STACK = "C"
+
+
+class Base(nnx.Param):
+    """A weight of the base model. Frozen in LoRA training: its gradient is never asked for."""
+
+
+class LoRA(nnx.Variable):
+    """An adapter tensor: A [R, in] or B [out, R], with the base weight's own dims."""
+
+
+class Projection(nnx.Module):
+    def __init__(self, name: str, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
+                 repeats: int, dtype: jnp.dtype):  # fmt: skip
+        self.name = name
+        self.equation = equation
+        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
+        self.lora_a: LoRA | None = nnx.data(None)
+        self.lora_b: LoRA | None = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        y = jnp.einsum(self.equation, x, self.w[...])
+        if self.lora_a is None:
+            return y
+        down, up = lora_equations(self.equation)
+        if key is not None and self.lora_dropout > 0:
+            x = _dropout(x, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
+        h = checkpoint_name(jnp.einsum(down, x, self.lora_a[...].astype(x.dtype)), "lora_h")
+        return y + jnp.einsum(up, h, self.lora_b[...].astype(x.dtype)) * jnp.asarray(self.lora_scale, x.dtype)
+
+
+def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def weight_letters(equation: str) -> tuple[str, str, str]:
+    """(stack, out, in) letters of the weight: "BTD,CKHD->BTCKH" gives ("C", "KH", "D")."""
+    x, rest = equation.split(",")
+    w, y = rest.split("->")
+    stack = STACK if w.startswith(STACK) else ""
+    inside = "".join(letter for letter in w if letter in x and letter not in y)
+    out = "".join(letter for letter in w if letter in y and letter not in stack)
+    if stack + out + inside != w:
+        raise ValueError(f"{equation}: a weight is stored as (stack, out, in), not {w}")
+    return stack, out, inside
+
+
+def lora_equations(equation: str) -> tuple[str, str]:
+    """The two einsums of B(A x): "BTD,NHD->BTNH" gives "BTD,RD->BTR" and "BTR,NHR->BTNH"."""
+    x, y = equation.split(",")[0], equation.split("->")[1]
+    stack, out, inside = weight_letters(equation)
+    hidden = "".join(letter for letter in x if letter not in inside) + stack + "R"
+    return f"{x},{stack}R{inside}->{hidden}", f"{hidden},{stack}{out}R->{y}"
