@@ -1,0 +1,117 @@
+"""What a run leaves for people: metrics.jsonl, lines on the console or a progress bar, and the loss picture."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+class Journal:
+    """metrics.jsonl, one object a step. On resume, steps after the checkpoint are dropped: they will run again."""
+
+    def __init__(self, path: Path, start: int):
+        kept = [row for row in _whole_lines(path) if row["step"] <= start]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file: TextIO = path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """A killed run may leave half a line at the end: it belongs to a step that will run again."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; both say step, loss, tokens/s and the time that is left."""
+
+    def __init__(self, total: int, start: int, every: int, bar: bool):
+        self._total, self._start, self._every = total, start, every
+        self._begun = time.monotonic()
+        self._bar: Any = None
+        if bar and sys.stderr.isatty():
+            self._bar = _rich_bar()
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total, completed=start, shown="")
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        step = row["step"]
+        shown = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif step % self._every == 0 or step in (self._total, self._start + 1):
+            left = (time.monotonic() - self._begun) / (step - self._start) * (self._total - step)
+            say(f"step {step:>5}/{self._total}  {shown}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}  "
+                f"left {clock(left)}")  # fmt: skip
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _rich_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(), console=Console(stderr=True),
+    )  # fmt: skip
+
+
+def say(text: str = "") -> None:
+    """To stderr: stdout belongs to --json."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, held_out: Mapping[int, float]) -> None:
+    """loss.png: every step, a running mean, and the held-out loss where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, mean = [], losses[0] if losses else 0.0
+    for loss in losses:
+        mean += 0.1 * (loss - mean)
+        smooth.append(mean)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="#9db7d5", linewidth=0.8, label="each step")
+    axes.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label="running mean (0.1)")
+    if held_out:
+        axes.plot(list(held_out), list(held_out.values()), "o--", color="#c8501e", label="held-out rows")
+    axes.set(xlabel="optimizer update", ylabel="loss per target token (nats)", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)

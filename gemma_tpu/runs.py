@@ -1,0 +1,79 @@
+"""The run folder: one config, one run. What lies in it, and the refusal to mix two runs."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tpu import config as configs
+from gemma_tpu.schema import Config
+from gemma_tpu.errors import UserError
+
+# May change between a run and its continuation: what is logged and how often it is saved.
+FREE = ("log.", "checkpoint.", "run_dir", "mesh.", "model.path", "recipe")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+
+def open_run(config: Config) -> RunFolder:
+    """Make the folder, or find the same run in it; another run's folder is refused with the differences."""
+    folder = RunFolder(Path(config.run_dir).expanduser())
+    if folder.config.exists():
+        changed = [line for line in configs.differences(read_config(folder.path), config) if not line.startswith(FREE)]
+        if changed:
+            raise UserError(
+                f"{folder.path} holds a run with another config:\n  " + "\n  ".join(changed)
+                + "\ngive another run_dir, or put the values back to continue that run"
+            )  # fmt: skip
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        raise UserError(f"run_dir {folder.path} exists, is not empty and holds no run; give another run_dir")
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.config, configs.to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run_dir {folder.path} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def read_config(run_dir: Path) -> Config:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no config.yaml here; is it a run folder?")
+    return configs.load(path)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and not (path / "config.json").exists()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,120 @@
+"""One optimizer update as a pure function: gradients of what trains, over micro-batches, weighted by real targets.
+
+The frozen base goes in and never comes out, so nothing of it is copied; what trains is donated and updated in place.
+What trains is a plain {path: array} dict: the optimizer, the checkpoint and the merge all see the same names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from gemma_tpu.loss import cross_entropy
+from gemma_tpu.model import Decoder, Remat
+from gemma_tpu.projection import Base
+
+CHUNK = 2048  # tokens of logits alive at once: x 262,144 x 4 bytes = 2 GiB, over tp
+
+Trained = dict[str, jax.Array]
+State = dict[str, Any]  # {"trained": Trained, "opt": optax state, "step": int32}
+Batch = dict[str, jax.Array]  # [A, B, T] leaves: micro-batches, rows, tokens
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart: its graph, the names of what trains, and what is frozen."""
+
+    graph: nnx.GraphDef
+    names: tuple[str, ...]
+    structure: Any  # of the nnx.State that holds what trains, leaves in the order of `names`
+    frozen: nnx.State
+
+    def merge(self, trained: Trained, frozen: nnx.State) -> Decoder:
+        state = jax.tree.unflatten(self.structure, [trained[name] for name in self.names])
+        return nnx.merge(self.graph, state, frozen)
+
+
+def take_apart(model: Decoder) -> tuple[Parts, Trained]:
+    graph, state, frozen = nnx.split(model, model.trains, ...)
+    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    leaves, structure = jax.tree.flatten(state)
+    if len(leaves) != len(flat) or any(a is not b for a, b in zip(leaves, flat.values(), strict=True)):
+        raise AssertionError("the flat state lists its leaves in another order than the tree does")
+    return Parts(graph, tuple(flat), structure, frozen), flat
+
+
+def summed_loss(model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array:
+    """Sum of the weighted token losses of one micro-batch [B, T]."""
+    x_BTD = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"], key=key, remat=remat)
+    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    return cross_entropy(
+        x_TD, model.embed.w[...], batch["targets"].reshape(-1), batch["weights"].reshape(-1),
+        model.arch.logit_softcap, CHUNK, model.trains is Base,
+    )  # fmt: skip
+
+
+def mean_loss_and_grads(
+    parts: Parts, trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array | None = None,
+    remat: Remat = "none",
+) -> tuple[jax.Array, Trained]:  # fmt: skip
+    """Mean loss over all target tokens of all micro-batches, and its gradients.
+
+    Divided by the total weight, not averaged over micro-batches: one with few targets must not count like a full one.
+    """
+    total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def one(carry, piece):
+        loss, grads = carry
+        number, micro = piece
+        micro_key = None if key is None else jax.random.fold_in(key, number)
+
+        def objective(trained: Trained) -> jax.Array:
+            return summed_loss(parts.merge(trained, frozen), micro, micro_key, remat) / total
+
+        micro_loss, micro_grads = jax.value_and_grad(objective)(trained)
+        return (loss + micro_loss, jax.tree.map(jnp.add, grads, micro_grads)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    count = batch["tokens"].shape[0]
+    (loss, grads), _ = jax.lax.scan(one, (jnp.zeros((), jnp.float32), zeros), (jnp.arange(count), batch))
+    return loss, grads
+
+
+def make_train_step(
+    parts: Parts, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, remat: Remat, seed: int,
+    dropout: bool,
+) -> Callable[[State, nnx.State, Batch], tuple[State, Metrics]]:  # fmt: skip
+    """The function that `train` jits and a planner can lower: (state, frozen, batch) -> (state, metrics)."""
+
+    def train_step(state: State, frozen: nnx.State, batch: Batch) -> tuple[State, Metrics]:
+        # The key comes from the step number, so a resumed run draws what the unbroken one would have drawn.
+        key = jax.random.fold_in(jax.random.key(seed), state["step"]) if dropout else None
+        loss, grads = mean_loss_and_grads(parts, state["trained"], frozen, batch, key, remat)
+        updates, opt = optimizer.update(grads, state["opt"], state["trained"])
+        trained = optax.apply_updates(state["trained"], updates)
+        metrics = {
+            "loss": loss,
+            "lr": jnp.asarray(rate(state["step"]), jnp.float32),
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "target_tokens": jnp.sum(batch["weights"] > 0),
+        }
+        return {"trained": trained, "opt": opt, "step": state["step"] + 1}, metrics
+
+    return train_step
+
+
+def make_eval_step(parts: Parts) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+    """(what trains, frozen, batch [A, B, T]) -> (summed loss, number of targets)."""
+
+    def eval_step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = parts.merge(trained, frozen)
+        losses = jax.lax.map(lambda micro: summed_loss(model, micro, None, "none"), batch)
+        return jnp.sum(losses), jnp.sum(batch["weights"])
+
+    return eval_step

@@ -1,0 +1,258 @@
+"""The only training loop. It dispatches step N and then reads the metrics of step N - 1, so the device never waits.
+
+One compile a run, said out loud: the step is compiled ahead of the first batch, and a batch of another shape is an
+error, never a second compile.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_tpu import metrics, optim, step
+from gemma_tpu import mesh as meshes
+from gemma_tpu.checkpoint import Checkpoints, shapes_of
+from gemma_tpu.config import to_dict
+from gemma_tpu.data import Loader
+from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.metrics import say
+from gemma_tpu.model import Decoder
+from gemma_tpu.runs import RunFolder, write_text
+from gemma_tpu.schema import Config
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, on its mesh; `fit` runs it."""
+
+    config: Config
+    run: RunFolder
+    mesh: Mesh
+    model: Decoder
+    shardings: dict[str, NamedSharding]
+    loader: Loader
+    held_out: Loader | None
+    base: dict[str, str]  # folder and fingerprint of the base, for the checkpoint's record
+    version: str
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rate, notes = optim.schedule(self.config.optim, self.loader.total_steps)
+        for note in notes + self.loader.notes + self.notes:
+            say(f"note: {note}")
+        self.optimizer = optim.optimizer(self.config.optim, rate)
+        self.parts, trained = step.take_apart(self.model)
+        self.state = self._first_state(trained)
+        train = self.config.train
+        self.train_step = step.make_train_step(
+            self.parts, self.optimizer, rate, remat=train.remat, seed=train.seed,
+            dropout=train.method == "lora" and self.config.lora.dropout > 0,
+        )  # fmt: skip
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    def _first_state(self, trained: step.Trained) -> step.State:
+        """The optimizer's moments take the sharding of the tensor they belong to; everything else is replicated."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        of_trained = {path: self.shardings[path] for path in trained}
+        shapes = jax.eval_shape(self.optimizer.init, trained)
+        of_opt = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, sharding: sharding, shapes, of_trained, transform_non_params=lambda _: whole
+        )
+        opt = jax.jit(self.optimizer.init, out_shardings=of_opt)(trained)
+        self.state_shardings = {"trained": of_trained, "opt": of_opt, "step": whole}
+        return {"trained": trained, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), whole)}
+
+    def resume(self, checkpoints: Checkpoints, batches: Any) -> int:
+        """Go on from the latest checkpoint, if there is one; returns the step that it stands at."""
+        latest = checkpoints.latest
+        if latest is None:
+            return 0
+        record = checkpoints.record(latest)
+        if record["base"]["fingerprint"] != self.base["fingerprint"]:
+            raise UserError(
+                f"{self.run.path} was trained on another base ({record['base']['folder']}) than "
+                f"{self.base['folder']}; point model.path at that one, or give another run_dir"
+            )
+        saved = checkpoints.restore(latest, self.state["trained"], self.state["opt"])
+        self.state |= {"trained": saved["trained"], "opt": saved["opt"]}
+        self.state["step"] = jax.device_put(jnp.asarray(latest, jnp.int32), self.state_shardings["step"])
+        batches.set_state(record["data"])
+        return latest
+
+    def record(self, data_state: dict[str, Any]) -> dict[str, Any]:
+        lora, method = self.config.lora, self.config.train.method
+        return {
+            "config": to_dict(self.config), "data": data_state, "base": self.base, "version": self.version,
+            "method": method, "shapes": shapes_of(self.state["trained"]),
+            "adapter": {"rank": lora.rank, "alpha": lora.alpha} if method == "lora" else None,
+        }  # fmt: skip
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def compile(self, batch: dict[str, np.ndarray]) -> Any:
+        begun = time.monotonic()
+        # The state must come back in the shardings it went in with, or step 2 would compile again.
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.state_shardings, whole))
+        compiled = jitted.lower(self.state, self.parts.frozen, self.place(batch)).compile()
+        shape = "x".join(map(str, batch["tokens"].shape))
+        say(f"compiled the train step once, for batches of {shape}, in {time.monotonic() - begun:.1f} s")
+        return compiled
+
+    def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
+        spec = meshes.spec_for((None, "batch", None), self.mesh)
+        return jax.device_put(batch, NamedSharding(self.mesh, spec))
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end (or to a signal), saving on the way; returns the summary, which the run folder keeps too."""
+        checkpoints = Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
+        batches = iter(self.loader)
+        try:
+            with jax.set_mesh(self.mesh):
+                start = self.resume(checkpoints, batches)
+                return self._fit(checkpoints, batches, start)
+        finally:
+            batches.close()
+            checkpoints.close()
+
+    def _fit(self, checkpoints: Checkpoints, batches: Any, start: int) -> dict[str, Any]:
+        total, every = self.loader.total_steps, self.config.checkpoint.every
+        if start:
+            say(f"resumed at step {start} of {total} from {self.run.checkpoints / str(start)}")
+        if start >= total:
+            say(f"{self.run.path} is complete ({total} updates); to train on, give another run_dir")
+            return json.loads(self.run.summary.read_text()) if self.run.summary.exists() else self._finish(start, {}, 0)
+        held_out = {} if start else self._held_out(0)
+        compiled = self.compile(self.loader[start])
+        pace = _Pace(self, start)
+        with _signals() as asked:
+            for number in range(start + 1, total + 1):
+                batch = pace.wait_for(batches)
+                self.state, found = compiled(self.state, self.parts.frozen, self.place(batch))
+                pace.dispatched(number, found)
+                if number % every == 0 or number == total or asked:
+                    pace.catch_up()  # or a run killed after this save would come back without this step's row
+                    checkpoints.save(number, self.state["trained"], self.state["opt"],
+                                     self.record(batches.get_state()))  # fmt: skip
+                if asked:
+                    break
+        pace.close()
+        checkpoints.wait()
+        if asked and number < total:
+            raise RunError(
+                f"stopped by {asked[0]} after step {number} of {total}; saved in {self.run.checkpoints / str(number)}. "
+                "Run the same command again to go on from there"
+            )
+        return self._finish(total, held_out, pace.seconds, pace.waited)
+
+    def _finish(self, total: int, held_out: dict[int, float], seconds: float, waited: float = 0.0) -> dict[str, Any]:
+        held_out = held_out | self._held_out(total)
+        rows = metrics.read(self.run.metrics)
+        metrics.draw_loss(rows, self.run.picture, f"{self.run.path.name}: loss", held_out)
+        summary = {
+            "steps": total,
+            "loss": rows[-1]["loss"] if rows else None,
+            "held_out_loss": {str(at): loss for at, loss in held_out.items()},
+            "tokens": sum(row["tokens"] for row in rows),
+            "target_tokens": sum(row["target_tokens"] for row in rows),
+            "seconds": round(seconds, 2),
+            "data_wait_share": round(waited / seconds, 4) if seconds else 0.0,
+            "padding_share": round(self.loader.padding_share, 4),
+            "trainable_params": sum(int(np.prod(x.shape)) for x in self.state["trained"].values()),
+        }
+        write_text(self.run.summary, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _held_out(self, at: int) -> dict[int, float]:
+        if self.held_out is None:
+            return {}
+        loss = held_out_loss(self.parts, self.state["trained"], self.held_out, self.mesh)
+        say(f"held-out loss at step {at}: {loss:.4f}")
+        return {at: loss}
+
+
+class _Pace:
+    """Reads the metrics one step behind, and keeps the journal, the bar and the clock."""
+
+    def __init__(self, trainer: Trainer, start: int):
+        log = trainer.config.log
+        self._journal = metrics.Journal(trainer.run.metrics, start)
+        self._progress = metrics.Progress(trainer.loader.total_steps, start, log.every, log.progress)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._begun = self._last = time.monotonic()
+        self.waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._last - self._begun
+
+    def wait_for(self, batches: Iterator) -> dict[str, np.ndarray]:
+        begun = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - begun
+        return batch
+
+    def dispatched(self, number: int, found: dict[str, jax.Array]) -> None:
+        self.catch_up()
+        self._pending = (number, found)
+
+    def catch_up(self) -> None:
+        if self._pending is None:
+            return
+        (number, found), self._pending = self._pending, None
+        values = {name: value.item() for name, value in jax.device_get(found).items()}
+        now = time.monotonic()
+        row = {"step": number, **values, "tokens_per_s": round(values["tokens"] / (now - self._last), 1)}
+        self._last = now
+        self._journal.write(row)
+        self._progress.update(row)
+
+    def close(self) -> None:
+        self.catch_up()
+        self._journal.close()
+        self._progress.close()
+
+
+def held_out_loss(parts: step.Parts, trained: step.Trained, loader: Loader, mesh: Mesh) -> float:
+    """Mean loss over every target token of a loader's first epoch."""
+    run = jax.jit(step.make_eval_step(parts))
+    sharding = NamedSharding(mesh, meshes.spec_for((None, "batch", None), mesh))
+    loss = weight = 0.0
+    with jax.set_mesh(mesh):
+        for number in range(loader.steps_per_epoch):
+            found = run(trained, parts.frozen, jax.device_put(loader[number], sharding))
+            loss, weight = loss + float(found[0]), weight + float(found[1])
+    return loss / weight
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """SIGINT and SIGTERM are noted, and the loop stops after the step in flight; a second SIGINT ends at once."""
+    asked: list[str] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def count(parameters: nnx.State) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning, LoRA or full: the assembly that `gemma-tpu train CONFIG` runs. Copy it to change it.
+
+Data flows config -> mesh -> model -> LoRA -> data -> step -> checkpoint; the one loop is in gemma_tpu/train.py.
+"""
+
+from typing import Any
+
+import jax
+
+import gemma_tpu
+from gemma_tpu import loading, lora, mesh, runs
+from gemma_tpu.schema import Config
+from gemma_tpu.data import make_loader, prepare
+from gemma_tpu.metrics import say
+from gemma_tpu.projection import Base
+from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.train import Trainer
+
+
+def main(config: Config) -> dict[str, Any]:
+    # The base as shapes: config.json and the headers are read, no weight yet.
+    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+
+    # The mesh, with every head count held against tp before anything is allocated.
+    rows = config.train.batch_size // config.train.accumulation
+    sizes = mesh.sizes(config.mesh, model.arch, jax.device_count(), rows)
+    device_mesh = mesh.build(sizes)
+    say(f"mesh: {', '.join(f'{axis}={n}' for axis, n in sizes.items())} on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s)")  # fmt: skip
+    say(mesh.check_heads(model.arch, sizes["tp"], config.mesh.replicate_kv))
+
+    # The rows: rendered by the checkpoint's own template, masked, packed.
+    tokenizer = Tokenizer(config.model.path)
+    train_rows = prepare(config.data, tokenizer)
+    say(train_rows.report())
+    shape = {"max_seq_len": config.data.max_seq_len, "packing": config.data.packing,
+             "batch_size": config.train.batch_size, "accumulation": config.train.accumulation,
+             "seed": config.train.seed}  # fmt: skip
+    loader = make_loader(train_rows, epochs=config.train.epochs, steps=config.train.steps, **shape)
+    held_out = None
+    if config.data.validation is not None:
+        held_out_rows = prepare(config.data, tokenizer, config.data.validation)
+        held_out = make_loader(held_out_rows, keep_partial=True, **shape)
+
+    # What trains: adapters beside a frozen base, or the base itself.
+    if config.train.method == "full":
+        model.trains = Base
+    else:
+        section = config.lora
+        chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
+                             alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+        say(lora.table(chosen, section.rank))
+        for line in lora.absent(model):
+            say(line)
+
+    # Shardings, each held against its tensor and the mesh; then the weights, streamed onto their shards.
+    run = runs.open_run(config)
+    shardings, fixes = loading.place(model, device_mesh, config.mesh.replicate_kv)
+    for fix in fixes:
+        say(f"sharding of {fix.name}: {fix.before} -> {fix.after} ({fix.reason})")
+    loading.load_base(model, checkpoint, shardings)
+    if config.train.method == "lora":
+        loading.assign(model, loading.put(lora.initial(model, config.train.seed), shardings))
+
+    trainer = Trainer(
+        config, run, device_mesh, model, shardings, loader, held_out,
+        base={"folder": str(config.model.path), "fingerprint": checkpoint.fingerprint()},
+        version=gemma_tpu.__version__,
+    )  # fmt: skip
+    summary = trainer.fit()
+    say(f"done: {summary['steps']} updates; {run.path}/ holds metrics.jsonl, loss.png and checkpoints/")
+    return summary
