@@ -1,6 +1,7 @@
 """Attention over packed rows: causal, within a segment, and within a window where the layer has one.
 
-Shapes: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, g = G * T, H head dim, C chunks, W window.
+Shapes: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, g = G * T, H head dim, C chunks,
+W window.
 Masks go by index in the row, as the reference does; packed segments are contiguous, so inside one segment the
 index distance is the position distance. Segment 0 is padding.
 """

@@ -17,14 +17,21 @@ from gemma_tpu.errors import RunError, UserError
 
 
 class Checkpoints:
-    """The checkpoints/ folder of a run."""
+    """The checkpoints/ folder of a run; with `keep` for the run that writes it, without for a reader."""
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder.absolute()
+        self._saving: tuple[int, Any] | None = None
+        self._save_failed = False
         policies = ocp.training.preservation_policies
         keeping = policies.PreserveAll() if keep is None else policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=keeping, cleanup_tmp_directories=True)
-        self._saving: tuple[int, Any] | None = None
+        # A reader leaves temporary folders alone: one may be a save in progress of a run that is still training.
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                self.folder, preservation_policy=keeping, cleanup_tmp_directories=keep is not None
+            )
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be opened: {error.strerror or error}") from error
 
     @property
     def steps(self) -> list[int]:
@@ -42,7 +49,7 @@ class Checkpoints:
                 step, {"trained": dict(trained), "opt": opt, "record": dict(record)}
             )
         except Exception as error:  # Orbax and TensorStore raise what they please for a full or read-only disk
-            raise self._failed(step, error) from error
+            raise self._failed_to_save(step, error) from error
         self._saving = (step, response)
 
     def wait(self) -> None:
@@ -54,13 +61,17 @@ class Checkpoints:
         try:
             response.result()
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed_to_save(step, error) from error
 
     def close(self) -> None:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            try:
+                self._orbax.close()
+            except Exception:  # a failed save, which Orbax raises here a second time
+                if not self._save_failed:
+                    raise
 
     def record(self, step: int) -> dict[str, Any]:
         return self._load(step, {"record": None})["record"]
@@ -86,13 +97,19 @@ class Checkpoints:
         except Exception as error:
             raise RunError(f"{self.folder / str(step)}: this checkpoint cannot be read: {_first_line(error)}") from error
 
-    def _failed(self, step: int, error: Exception) -> RunError:
-        good = [s for s in self.steps if s != step]
-        left = f"the last good checkpoint is step {max(good)}" if good else "there is no earlier checkpoint"
+    def failure(self, what: str, error: Exception) -> RunError:
+        """What failed, and from where the run can go on."""
+        latest = self.latest
+        left = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
+        goes_on = "to start again" if latest is None else "to go on from it"
         return RunError(
-            f"saving the checkpoint of step {step} in {self.folder} failed: {_first_line(error)}\n{left}; "
-            "free some space (or mend the permission) and run the same command again to go on from it"
+            f"{what} failed: {_first_line(error)}\n{left}; free some space (or mend the permission) and run the same "
+            f"command again {goes_on}"
         )
+
+    def _failed_to_save(self, step: int, error: Exception) -> RunError:
+        self._save_failed = True
+        return self.failure(f"saving the checkpoint of step {step} in {self.folder}", error)
 
 
 def shapes_of(trained: Mapping[str, jax.Array | np.ndarray]) -> dict[str, list[Any]]:

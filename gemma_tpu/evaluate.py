@@ -95,7 +95,8 @@ def _table(results: dict[str, Any]) -> str:
             value, low, high = entry["pass_at_k"]["1"]
             failures = ", ".join(f"{kind} {n}" for kind, n in sorted(entry["failures"].items())) or "none"
             interval = f"{low:.3f} to {high:.3f}"
-            lines.append(f"{name:<8}{value:>8.3f}   {interval:<16}{entry['passed']:>5}/{entry['total']:<4}   {failures}")
+            passed = f"{entry['passed']:>5}/{entry['total']:<4}"
+            lines.append(f"{name:<8}{value:>8.3f}   {interval:<16}{passed}   {failures}")
     return "\n".join([*lines, f"simulated with {results['iverilog']}"])
 
 

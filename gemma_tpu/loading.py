@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from gemma_tpu import mesh as meshes
 from gemma_tpu import variants, weights
 from gemma_tpu.model import Decoder
-from gemma_tpu.projection import Base, LoRA
+from gemma_tpu.projection import Base
 from gemma_tpu.shards import Checkpoint, open_checkpoint
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -74,9 +74,7 @@ def one_device_mesh() -> Mesh:
     return meshes.build({}, jax.devices()[:1])
 
 
-def build(
-    folder: str | Path, *, dtype: str, mesh: Mesh | None = None
-) -> tuple[Decoder, Checkpoint]:
+def build(folder: str | Path, *, dtype: str) -> tuple[Decoder, Checkpoint]:
     """The model of a checkpoint as shapes, nothing read yet but its config and headers."""
     checkpoint = open_checkpoint(Path(folder))
     return Decoder(architecture(checkpoint), DTYPES[dtype]), checkpoint

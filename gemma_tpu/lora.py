@@ -88,7 +88,8 @@ def select(model: Decoder, targets: str | Sequence[str], exclude: Sequence[str] 
     left_out = {name: [site for site in every if _name_matcher(name, site)] for name in exclude}
     unknown = [t for t, found in {**hits, **left_out}.items() if not found]
     if unknown:
-        raise UserError(f"lora.targets: nothing matches {', '.join(map(repr, unknown))}; there are:\n{_inventory(every)}")
+        named = ", ".join(map(repr, unknown))
+        raise UserError(f"lora.targets: nothing matches {named}; there are:\n{_inventory(every)}")
     excluded = {site.path for found in left_out.values() for site in found}
     chosen = {site.path for found in hits.values() for site in found} - excluded
     forgotten = [site for site in every if site.path not in chosen and site.path not in excluded]

@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_tpu import adapters, loading, weights
 from gemma_tpu.adapters import Trained
+from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
 from gemma_tpu.patch import LowRank, PatchReport, Replace, Update, write_patched
 from gemma_tpu.runs import RunFolder
@@ -50,8 +51,13 @@ def updates_of(trained: Trained, arch: Architecture) -> dict[str, Update]:
     values = trained.numpy()
     if trained.is_lora:
         pairs = weights.split_lora(arch, values)
+        held, placed = sum(v.size for v in values.values()), sum(a.size + b.size for a, b in pairs.values())
+        if placed != held:  # a layer or a half of K and V that no tensor of the base takes
+            raise UserError(f"{trained.run}: only {placed:,} of the adapter's {held:,} numbers have a place in the base")
         return {hf: LowRank(b=b, a=a, scale=trained.scale) for hf, (a, b) in pairs.items()}
     table = weights.by_path(arch)
+    if unused := sorted(set(values) - set(table)):
+        raise UserError("these trained tensors belong to no weight of the base:\n  " + "\n  ".join(unused))
     return {
         entry.hf: Replace(np.ascontiguousarray(values[path][entry.index]).reshape(entry.hf_shape))
         for path in values

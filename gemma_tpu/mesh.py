@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gemma_tpu.schema import MeshConfig
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import MeshConfig
 from gemma_tpu.variants import Architecture
 
 AXES = ("data", "fsdp", "expert", "tp")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tpu import config as configs
-from gemma_tpu.schema import Config
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import Config
 
 # May change between a run and its continuation: what is logged and how often it is saved.
 FREE = ("log.", "checkpoint.", "run_dir", "mesh.", "model.path", "recipe")
@@ -40,9 +40,17 @@ class RunFolder:
     def merged(self) -> Path:
         return self.path / "merged"
 
+    def write_config(self, config: Config) -> None:
+        """Makes the folder a run's; called when everything that can be refused has been checked."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, configs.to_yaml(config))
+        except OSError as error:
+            raise UserError(f"run_dir {self.path} cannot be written: {error.strerror}") from error
+
 
 def open_run(config: Config) -> RunFolder:
-    """Make the folder, or find the same run in it; another run's folder is refused with the differences."""
+    """The folder of this config's run, new or to be continued; another run's is refused with the differences."""
     folder = RunFolder(Path(config.run_dir).expanduser())
     if folder.config.exists():
         changed = [line for line in configs.differences(read_config(folder.path), config) if not line.startswith(FREE)]
@@ -51,13 +59,8 @@ def open_run(config: Config) -> RunFolder:
                 f"{folder.path} holds a run with another config:\n  " + "\n  ".join(changed)
                 + "\ngive another run_dir, or put the values back to continue that run"
             )  # fmt: skip
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise UserError(f"run_dir {folder.path} exists, is not empty and holds no run; give another run_dir")
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.config, configs.to_yaml(config))
-    except OSError as error:
-        raise UserError(f"run_dir {folder.path} cannot be written: {error.strerror}") from error
     return folder
 
 

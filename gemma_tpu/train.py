@@ -19,10 +19,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_tpu import metrics, optim, step
 from gemma_tpu import mesh as meshes
+from gemma_tpu import metrics, optim, step
 from gemma_tpu.checkpoint import Checkpoints, shapes_of
-from gemma_tpu.config import to_dict
+from gemma_tpu.config import to_dict, to_yaml
 from gemma_tpu.data import Loader
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.metrics import say
@@ -121,7 +121,10 @@ class Trainer:
         try:
             with jax.set_mesh(self.mesh):
                 start = self.resume(checkpoints, batches)
+                write_text(self.run.config, to_yaml(self.config))  # not before the checkpoint has agreed with it
                 return self._fit(checkpoints, batches, start)
+        except OSError as error:  # the journal, the picture or the summary
+            raise checkpoints.failure(f"writing in {self.run.path}", error) from error
         finally:
             batches.close()
             checkpoints.close()
@@ -136,20 +139,23 @@ class Trainer:
         held_out = {} if start else self._held_out(0)
         compiled = self.compile(self.loader[start])
         pace = _Pace(self, start)
-        with _signals() as asked:
-            for number in range(start + 1, total + 1):
-                batch = pace.wait_for(batches)
-                self.state, found = compiled(self.state, self.parts.frozen, self.place(batch))
-                pace.dispatched(number, found)
-                if number % every == 0 or number == total or asked:
-                    pace.catch_up()  # or a run killed after this save would come back without this step's row
-                    checkpoints.save(number, self.state["trained"], self.state["opt"],
-                                     self.record(batches.get_state()))  # fmt: skip
-                if asked:
-                    break
-        pace.close()
-        checkpoints.wait()
-        if asked and number < total:
+        try:
+            with _signals() as asked:
+                for number in range(start + 1, total + 1):
+                    batch = pace.wait_for(batches)
+                    self.state, found = compiled(self.state, self.parts.frozen, self.place(batch))
+                    pace.dispatched(number, found)
+                    stop = bool(asked)  # looked at once: a signal after this line stops after the next step
+                    if number % every == 0 or number == total or stop:
+                        pace.catch_up()  # or a run killed after this save would come back without this step's row
+                        checkpoints.save(number, self.state["trained"], self.state["opt"],
+                                         self.record(batches.get_state()))  # fmt: skip
+                    if stop:
+                        break
+            checkpoints.wait()
+        finally:
+            pace.close()
+        if stop and number < total:
             raise RunError(
                 f"stopped by {asked[0]} after step {number} of {total}; saved in {self.run.checkpoints / str(number)}. "
                 "Run the same command again to go on from there"
@@ -219,7 +225,6 @@ class _Pace:
         self._progress.update(row)
 
     def close(self) -> None:
-        self.catch_up()
         self._journal.close()
         self._progress.close()
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import evaluate, runs, verilog
+from gemma_tpu import evaluate, runs, sandbox, verilog
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
@@ -28,7 +28,7 @@ def main(run_dir: str | Path) -> dict[str, Any]:
     # code runs in a sandbox or not at all.
     try:
         verilog.require_iverilog()
-        verilog.require_sandbox()
+        sandbox.require()
     except UserError as missing:
         say(f"pass@1 was not measured: {missing}")
         return results

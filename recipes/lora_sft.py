@@ -9,15 +9,17 @@ import jax
 
 import gemma_tpu
 from gemma_tpu import loading, lora, mesh, runs
-from gemma_tpu.schema import Config
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.metrics import say
 from gemma_tpu.projection import Base
+from gemma_tpu.schema import Config
 from gemma_tpu.tokenizer import Tokenizer
 from gemma_tpu.train import Trainer
 
 
 def main(config: Config) -> dict[str, Any]:
+    run = runs.open_run(config)
+
     # The base as shapes: config.json and the headers are read, no weight yet.
     model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
 
@@ -54,7 +56,6 @@ def main(config: Config) -> dict[str, Any]:
             say(line)
 
     # Shardings, each held against its tensor and the mesh; then the weights, streamed onto their shards.
-    run = runs.open_run(config)
     shardings, fixes = loading.place(model, device_mesh, config.mesh.replicate_kv)
     for fix in fixes:
         say(f"sharding of {fix.name}: {fix.before} -> {fix.after} ({fix.reason})")

@@ -1,0 +1,74 @@
+# `make` lists the targets. CONFIG is the config to train, RUN the run folder to look at, ARGS goes to the command.
+PYTHON ?= python3
+CONFIG ?= configs/tiny_cpu.yaml
+ARGS ?=
+
+BIN := .venv/bin
+CLI := $(BIN)/gemma-tpu
+RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; \
+  sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train merge verify eval demo test test-slow check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  variables:      CONFIG=$(CONFIG) RUN=<its run_dir> ARGS="optim.lr=1e-3 ..." PYTHON=$(PYTHON)'
+
+setup: .venv/.core ## make .venv with the package in it (every target does so when it is missing)
+
+train: .venv/.core ## train CONFIG; with the default config, first make its tiny base model
+	$(CLI) train $(CONFIG) $(ARGS)
+
+merge: .venv/.core ## merge the adapter of RUN into its base's safetensors
+	$(CLI) merge $(RUN) $(ARGS)
+
+verify: .venv/.core ## prove the merge of RUN
+	$(CLI) verify $(RUN) $(ARGS)
+
+eval: .venv/.core ## pass@1 of RUN and of its base on the bundled Verilog problems (needs iverilog)
+	$(CLI) eval tiny $(RUN) $(ARGS)
+
+demo: .venv/.core ## train, merge, verify and evaluate; without iverilog the held-out loss alone
+	$(MAKE) train
+	$(MAKE) merge ARGS=
+	$(MAKE) verify ARGS=
+	$(BIN)/python recipes/evaluate.py $(RUN)
+
+test: check ## lint and tests
+	$(BIN)/pytest $(ARGS)
+
+test-slow: .venv/.dev ## the tests that take minutes
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: .venv/.dev ## lint alone
+	$(BIN)/ruff check .
+
+bench: .venv/.core ## run every benchmark
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
+	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base
+	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The tiny base: random weights, then a short full fine-tuning on rows of other tasks. Only the default config needs it.
+ifeq ($(CONFIG),configs/tiny_cpu.yaml)
+train: models/tiny-base
+endif
+models/tiny-base: | .venv/.core
+	test -d models/tiny-random || $(CLI) tiny models/tiny-random --dtype float32
+	$(CLI) train configs/tiny_base.yaml
+	$(CLI) merge runs/tiny_base --out models/tiny-base
+
+# Stamps: installed once, and again when the dependencies change.
+.venv/.core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: this is $$($(PYTHON) --version 2>&1), and gemma_tpu needs 3.11 or later: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

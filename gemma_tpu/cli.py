@@ -1,0 +1,373 @@
+"""The command line: arguments in, one package call, an exit code out.
+
+Exit 0: fine, 1: the run failed, 2: the input is wrong. JAX and what needs it is imported inside the commands,
+so that `--help` and a wrong path answer at once.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gemma_tpu import __version__, assets, config, devices, runs
+from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
+
+EXAMPLES = """\
+examples:
+  gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
+  gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
+  gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
+  gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
+  gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
+  gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
+  gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model
+
+TARGET is a run folder (its adapter is applied) or a model folder.
+Exit codes: 0 fine, 1 the run failed, 2 the input is wrong."""
+
+Result = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(args)
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`); there is nobody left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    devices.quiet()
+    # Under --json stdout carries the one object; whatever a library prints goes to stderr.
+    stdout = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    with stdout:
+        result, code = _guarded(lambda: args.command(args))
+    if args.json:
+        print(json.dumps(_plain(result), allow_nan=False), flush=True)
+    return code
+
+
+def run_script(call: Callable[..., Any], *args: Any) -> int:
+    """For recipes and scripts that are run by themselves: the messages and exit codes of the command line."""
+    devices.quiet()
+    return _guarded(lambda: (call(*args), 0))[1]
+
+
+def _guarded(call: Callable[[], tuple[Result, int]]) -> tuple[Result, int]:
+    try:
+        return call()
+    except UserError as error:
+        return _failed(error), 2
+    except RunError as error:
+        return _failed(error), 1
+    except KeyboardInterrupt:
+        return _failed("interrupted"), 1
+
+
+def _failed(error: object) -> Result:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return {"error": str(error)}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: such a number is null there."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- commands: each returns what --json prints and the exit code ---
+
+
+def train(args: argparse.Namespace) -> tuple[Result, int]:
+    run_config = config.load(args.config, args.overrides)
+    recipe = _recipe(assets.find("recipes", run_config.recipe))
+    if run_config.mesh.cpu_devices:
+        devices.cpu(run_config.mesh.cpu_devices)
+    devices.require()
+    return recipe(run_config), 0
+
+
+def _recipe(path: Path) -> Callable[[config.Config], Result]:
+    """The `main` of a recipe file, the user's own or a shipped one."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"recipe {path}: must be a Python file with a function main(config)")
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "main", None)):
+        raise UserError(f"recipe {path}: has no function main(config)")
+    return module.main
+
+
+def validate(args: argparse.Namespace) -> tuple[Result, int]:
+    run_config = config.load(args.config, args.overrides)
+    devices.cpu()
+    from gemma_tpu.validate import validate
+
+    found = validate(run_config)
+    for line in found.checked:
+        _say(f"ok           {line}")
+    for line in found.not_checked:
+        _say(f"not checked  {line}")
+    for line in found.problems:
+        _say(f"error        {line}".replace("\n", "\n" + " " * 13))
+    return {"ok": not found.problems, **vars(found)}, 2 if found.problems else 0
+
+
+def tiny(args: argparse.Namespace) -> tuple[Result, int]:
+    out = write_tiny(args.out, arch=args.arch, seed=args.seed, dtype=args.dtype)
+    _say(f"wrote {out}: random weights in the layout of {args.arch}, {args.dtype}, seed {args.seed}")
+    return {"out": str(out), "arch": args.arch, "seed": args.seed, "dtype": args.dtype}, 0
+
+
+def merge(args: argparse.Namespace) -> tuple[Result, int]:
+    run = _run_folder(args.run_dir)
+    from gemma_tpu.merging import merge
+
+    # Without --out the run's own merged/ is written, which is this command's to replace.
+    overwrite = True if args.overwrite else None
+    return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite), 0
+
+
+def verify(args: argparse.Namespace) -> tuple[Result, int]:
+    run = _run_folder(args.run_dir)
+    from gemma_tpu.verify import verify
+
+    result = verify(run, merged=args.merged, step=args.step)
+    return result, 0 if result["ok"] else 1
+
+
+def sample(args: argparse.Namespace) -> tuple[Result, int]:
+    target = _target(args.target)
+    prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
+    if not prompts:
+        raise UserError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
+    from gemma_tpu.completions import complete
+
+    found = complete(target, prompts, _settings(args), system=args.system, raw=args.raw, n=args.n)
+    for number, one in enumerate(found, start=1):
+        if len(found) > 1:
+            print(f"--- {number} of {len(found)}: {' '.join(one['prompt'].split())[:80]}")
+        print(one["text"], flush=True)
+    cut = sum(one["finish_reason"] == "length" for one in found)
+    if cut:
+        _say(f"note: {cut} of {len(found)} completions were cut at --max-new-tokens {args.max_new_tokens}")
+    return {"target": str(target), **found[0], "samples": found}, 0
+
+
+def eval_tiny(args: argparse.Namespace) -> tuple[Result, int]:
+    target = _target(args.target)
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(f"{args.samples} samples at temperature 0 would all be the same; set --temperature")
+    from gemma_tpu import evaluate
+
+    return evaluate.tiny(target, base=args.base, unsafe=args.unsafe_no_sandbox, settings=_settings(args),
+                         samples=args.samples), 0  # fmt: skip
+
+
+def eval_loss(args: argparse.Namespace) -> tuple[Result, int]:
+    run = _run_folder(args.target)
+    from gemma_tpu import evaluate
+
+    return evaluate.loss(run), 0
+
+
+# --- what the user points at ---
+
+
+def _run_folder(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; RUN_DIR is the run_dir of a config that was trained")
+    runs.read_config(path)
+    return path
+
+
+def _target(text: str) -> Path:
+    if "://" in text:
+        raise UserError(f"{text}: this version takes folders only: a run folder or a model folder")
+    path = Path(text)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; TARGET is a run folder or a model folder")
+    if not runs.is_run(path) and not (path / "config.json").is_file():
+        raise UserError(f"{path}: neither a run folder (config.yaml) nor a model folder (config.json)")
+    return path
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from gemma_tpu.sampler import Settings
+
+    return Settings(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                    top_p=args.top_p, seed=args.seed)  # fmt: skip
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- arguments ---
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse ends a list of positionals at the first option: in `train CONFIG --json optim.lr=1e-3` the
+    # override is left over.
+    if rest and "overrides" in args and not any(word.startswith("-") for word in rest):
+        args.overrides += rest
+    elif rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+class Parser(argparse.ArgumentParser):
+    """Help is printed as it is written, and an option is never guessed from its first letters."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+
+def build_parser() -> Parser:
+    about = "LoRA fine-tuning of Gemma on TPU, from a YAML file to merged safetensors."
+    parser = Parser(prog="gemma-tpu", description=about, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"gemma-tpu {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_configured(commands)
+    _add_tiny(commands)
+    _add_merge_and_verify(commands)
+    _add_sample(commands)
+    _add_eval(commands)
+    return parser
+
+
+def _add_configured(commands: Any) -> None:
+    for name, run, about in (
+        ("train", train, "train a config; the same command again goes on where it stopped"),
+        ("validate", validate, "hold a config against its checkpoint and data, without training"),
+    ):
+        one = _command(commands, name, run, about, f"gemma-tpu {name} configs/tiny_cpu.yaml train.steps=20")
+        one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
+        one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optim.lr=1e-4")
+
+
+def _add_tiny(commands: Any) -> None:
+    example = "gemma-tpu tiny models/tiny-random --dtype float32"
+    one = _command(commands, "tiny", tiny, "write a small random checkpoint in the published layout", example)
+    one.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
+    one.add_argument("--arch", choices=sorted(ARCHS), default="gemma4-31b")
+    one.add_argument("--seed", type=_seed, default=0, help="the same seed writes the same bytes (0)")
+    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
+
+
+def _add_merge_and_verify(commands: Any) -> None:
+    example = "gemma-tpu merge runs/tiny_cpu --out models/mine"
+    one = _command(commands, "merge", merge, "merge a run's adapter into its base's safetensors", example)
+    _add_run_dir(one)
+    one.add_argument("--out", type=Path, help="folder to write; by default the run's own merged/")
+    one.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
+    one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
+
+    example = "gemma-tpu verify runs/tiny_cpu"
+    about = "prove a merge: tensors, logits, and transformers where torch is installed"
+    one = _command(commands, "verify", verify, about, example)
+    _add_run_dir(one)
+    one.add_argument("--merged", type=Path, help="the merged folder; by default the run's own merged/")
+
+
+def _add_sample(commands: Any) -> None:
+    example = 'gemma-tpu sample runs/tiny_cpu --prompt "Write a Verilog module for a 4-bit counter."'
+    one = _command(commands, "sample", sample, "complete prompts with a run or a model", example)
+    _add_target(one)
+    repeated = {"action": "append", "default": []}
+    one.add_argument("--prompt", metavar="TEXT", **repeated, help="may be repeated")
+    one.add_argument("--prompt-file", metavar="FILE", type=Path, **repeated,
+                     help="the whole file is one prompt; may be repeated")  # fmt: skip
+    one.add_argument("--system", metavar="TEXT", help="a system turn before each prompt")
+    one.add_argument("--raw", action="store_true", help="continue the text as it stands, without template")
+    one.add_argument("--n", type=_positive, default=1, help="completions of each prompt (1)")
+    _add_drawing(one, max_new_tokens=256)
+
+
+def _add_eval(commands: Any) -> None:
+    about, example = "Measure a run or a model.", "example: gemma-tpu eval tiny runs/tiny_cpu"
+    group = commands.add_parser("eval", help="measure a run or a model", description=about, epilog=example)
+    evals = group.add_subparsers(metavar="EVAL", required=True)
+
+    example = "gemma-tpu eval tiny runs/tiny_cpu --samples 5 --temperature 0.8"
+    about = "pass@1 on the bundled Verilog problems, by simulation in a sandbox"
+    one = _command(evals, "tiny", eval_tiny, about, example)
+    _add_target(one)
+    one.add_argument("--no-base", dest="base", action="store_false", help="leave out the base of a run")
+    one.add_argument("--samples", type=_positive, default=1, help="completions of each problem (1)")
+    one.add_argument("--unsafe-no-sandbox", action="store_true",
+                     help="simulate without isolation where no sandbox works")  # fmt: skip
+    _add_drawing(one, max_new_tokens=192)
+
+    about = "loss on the held-out rows of a run's config, base and tuned"
+    one = _command(evals, "loss", eval_loss, about, "gemma-tpu eval loss runs/tiny_cpu")
+    one.add_argument("target", metavar="TARGET", type=Path, help="a run folder")
+
+
+def _command(commands: Any, name: str, run: Callable, about: str, example: str) -> Parser:
+    about_it = f"{about[0].upper()}{about[1:]}."
+    one = commands.add_parser(name, help=about, description=about_it, epilog=f"example: {example}")
+    one.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    one.set_defaults(command=run, parser=one)
+    return one
+
+
+def _add_run_dir(one: Parser) -> None:
+    one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained")
+    one.add_argument("--step", type=_positive, help="a checkpoint's step; by default the latest")
+
+
+def _add_target(one: Parser) -> None:
+    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied) or a model folder")
+
+
+def _add_drawing(one: Parser, max_new_tokens: int) -> None:
+    one.add_argument("--max-new-tokens", metavar="N", type=_positive, default=max_new_tokens,
+                     help="(%(default)s)")  # fmt: skip
+    one.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    one.add_argument("--top-k", metavar="K", type=int, default=0, help="0: all tokens (%(default)s)")
+    one.add_argument("--top-p", metavar="P", type=float, default=1.0, help="(%(default)s)")
+    one.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 4294967295")
+    return number
+
+
+# argparse names the type in "invalid … value".
+_positive.__name__ = _seed.__name__ = "integer"

@@ -1,0 +1,48 @@
+"""Which devices a command runs on, and how much the libraries under it may say.
+
+JAX reads its platform once, when the first array is made: everything here must run before that.
+"""
+
+import logging
+import os
+import warnings
+
+from gemma_tpu.errors import RunError, UserError
+
+
+def quiet() -> None:
+    """Libraries below the level of an error stay silent; what a user must know, this package says itself."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA and TensorFlow: errors only
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name in ("jax", "orbax", "grain", "etils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Orbax logs, with a traceback for each of its threads, the failed save that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # To read a checkpoint onto one device, whatever mesh it was saved on, is what merge and sample mean.
+    warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
+
+
+def cpu(count: int | None = None) -> None:
+    """Run on the CPU whatever accelerator this machine has; with `count`, as that many fake devices."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if count is None:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" in flags:
+        raise UserError(
+            f"XLA_FLAGS={flags} and mesh.cpu_devices={count} both set the number of CPU devices; "
+            "unset XLA_FLAGS, or set mesh.cpu_devices=0"
+        )
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def require() -> None:
+    """The devices must answer: a TPU that another process holds is a failed run, not a bug."""
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise RunError(f"no device to run on: {str(error).splitlines()[0]}") from error
