@@ -95,16 +95,17 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, what)
         except Exception as error:
-            raise RunError(f"{self.folder / str(step)}: this checkpoint cannot be read: {_first_line(error)}") from error
+            where = self.folder / str(step)
+            raise RunError(f"{where}: this checkpoint cannot be read: {_first_line(error)}") from error
 
     def failure(self, what: str, error: Exception) -> RunError:
         """What failed, and from where the run can go on."""
         latest = self.latest
         left = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
-        goes_on = "to start again" if latest is None else "to go on from it"
+        goes_on = "" if latest is None else " to go on from it"
         return RunError(
-            f"{what} failed: {_first_line(error)}\n{left}; free some space (or mend the permission) and run the same "
-            f"command again {goes_on}"
+            f"{what} failed: {_first_line(error)}\n{left}; "
+            f"free some space (or mend the permission) and run the same command again{goes_on}"
         )
 
     def _failed_to_save(self, step: int, error: Exception) -> RunError:

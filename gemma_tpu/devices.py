@@ -5,7 +5,10 @@ JAX reads its platform once, when the first array is made: everything here must 
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
 
@@ -16,10 +19,22 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for name in ("jax", "orbax", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax logs, with a traceback for each of its threads, the failed save that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # A save that fails, Orbax raises, and logs once more from each of its threads with a traceback.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     # To read a checkpoint onto one device, whatever mesh it was saved on, is what merge and sample mean.
     warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """After a save that failed, threads still report to Orbax's event loop, which is gone: nobody needs to know."""
+
+    def quiet_hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            hook(found)
+
+    return quiet_hook
 
 
 def cpu(count: int | None = None) -> None:

@@ -53,7 +53,7 @@ def updates_of(trained: Trained, arch: Architecture) -> dict[str, Update]:
         pairs = weights.split_lora(arch, values)
         held, placed = sum(v.size for v in values.values()), sum(a.size + b.size for a, b in pairs.values())
         if placed != held:  # a layer or a half of K and V that no tensor of the base takes
-            raise UserError(f"{trained.run}: only {placed:,} of the adapter's {held:,} numbers have a place in the base")
+            raise UserError(f"{trained.run}: {placed:,} of the adapter's {held:,} numbers have a place in the base")
         return {hf: LowRank(b=b, a=a, scale=trained.scale) for hf, (a, b) in pairs.items()}
     table = weights.by_path(arch)
     if unused := sorted(set(values) - set(table)):

@@ -1,11 +1,12 @@
 """The run folder: one config, one run. What lies in it, and the refusal to mix two runs."""
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tpu import config as configs
-from gemma_tpu.errors import UserError
+from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.schema import Config
 
 # May change between a run and its continuation: what is logged and how often it is saved.
@@ -46,7 +47,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, configs.to_yaml(config))
         except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be written: {error.strerror}") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            failure = RunError if full else UserError
+            raise failure(f"run_dir {self.path} cannot be written: {error.strerror}") from error
 
 
 def open_run(config: Config) -> RunFolder:

@@ -6,8 +6,9 @@ compiles once for each bucket. Padding has segment 0: nothing sees it, and the f
 Letters: B rows, P prompt slots, S cache slots, D hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ class Settings:
             text
             for bad, text in (
                 (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1"),
-                (self.temperature < 0, f"temperature is {self.temperature}: it must be at least 0"),
+                (not 0 <= self.temperature < math.inf, f"temperature is {self.temperature}: it must be at least 0"),
                 (self.top_k < 0, f"top_k is {self.top_k}: it must be at least 0 (0: all tokens)"),
                 (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be above 0 and at most 1"),
             )
@@ -70,6 +71,8 @@ def generate(
     if any(not prompt for prompt in prompts):
         raise UserError("an empty prompt cannot be continued; it needs at least the BOS token")
     graph, state = nnx.split(model)
+    stop_ids_N, key = np.asarray(stop_ids, np.int32), jax.random.key(settings.seed)
+    program = replace(settings, seed=0)  # what is compiled does not depend on the seed
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done: dict[int, Completion] = {}
     for start in range(0, len(order), rows):
@@ -81,7 +84,7 @@ def generate(
             lengths_B[row] = len(prompts[index])
         number_B = np.array(chosen + [0] * (rows - len(chosen)), np.int32)  # a prompt's draws do not depend on its row
         new_BN, logprobs_BN, counts_B, stopped_B = _generate(
-            graph, state, tokens_BP, lengths_B, number_B, tuple(stop_ids), settings
+            graph, state, tokens_BP, lengths_B, number_B, stop_ids_N, key, program
         )
         for row, index in enumerate(chosen):
             end = int(counts_B[row])
@@ -94,13 +97,12 @@ def generate(
     return [done[index] for index in range(len(prompts))]
 
 
-@partial(jax.jit, static_argnames=("graph", "stop_ids", "settings"))
-def _generate(graph, state, tokens_BP, lengths_B, number_B, stop_ids: tuple[int, ...], settings: Settings):
+@partial(jax.jit, static_argnames=("graph", "settings"))
+def _generate(graph, state, tokens_BP, lengths_B, number_B, stop_ids_N, key, settings: Settings):
     model: Decoder = nnx.merge(graph, state)
     rows, slots = tokens_BP.shape
     new = settings.max_new_tokens
-    keys_B = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(settings.seed), n))(number_B)
-    stop_ids_N = jnp.asarray(stop_ids, jnp.int32)
+    keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(number_B)
 
     index_BP = jnp.broadcast_to(jnp.arange(slots), (rows, slots))
     segments_BP = (index_BP < lengths_B[:, None]).astype(jnp.int32)

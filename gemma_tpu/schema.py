@@ -68,7 +68,7 @@ class DataConfig:
     format: Literal["auto", "messages", "prompt"] = "auto"
     transform: Literal["codev_r1"] | None = None  # rewrites each row before it is rendered
     validation: Text | None = "bundled:tiny_verilog/validation.jsonl"
-    max_seq_len: Length = 256
+    max_seq_len: Length = 320
     packing: Literal["off", "pack"] = "pack"
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     overlong: Literal["drop", "truncate", "error"] = "drop"
@@ -79,8 +79,8 @@ class DataConfig:
 class LoraConfig:
     targets: Pattern | Texts = "all"  # "all", one regex, or a list of projection names
     exclude: tuple[Text, ...] = ()
-    rank: Positive = 16
-    alpha: Above0 = 32.0
+    rank: Positive = 32
+    alpha: Above0 = 64.0
     dropout: Below1 = 0.0
 
 
@@ -98,9 +98,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     method: Literal["lora", "full"] = "lora"
-    steps: Positive | None = None  # optimizer updates; either this or epochs
-    epochs: Positive | None = 3
-    batch_size: Positive = 16  # rows per optimizer update
+    steps: Positive | None = 360  # optimizer updates; either this or epochs
+    epochs: Positive | None = None
+    batch_size: Positive = 4  # rows per optimizer update
     accumulation: Positive = 1  # micro-batches that an update is computed in
     seed: Seed = 0
     remat: Literal["none", "full"] | Kept = "none"

@@ -42,7 +42,7 @@ class TinyDims:
     pattern: int = 5
     hidden: int = 128
     mlp: int = 384
-    heads: int = 8
+    heads: int = 4
     kv_heads: int = 4
     global_kv_heads: int = 4
     head_dim: int = 32

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_tpu import mesh as meshes
 from gemma_tpu import metrics, optim, step
 from gemma_tpu.checkpoint import Checkpoints, shapes_of
-from gemma_tpu.config import to_dict, to_yaml
+from gemma_tpu.config import to_dict
 from gemma_tpu.data import Loader
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.metrics import say
@@ -116,12 +116,14 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end (or to a signal), saving on the way; returns the summary, which the run folder keeps too."""
+        if not self.run.config.exists():  # checkpoints without a config would not be known for a run
+            self.run.write_config(self.config)
         checkpoints = Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
         batches = iter(self.loader)
         try:
             with jax.set_mesh(self.mesh):
                 start = self.resume(checkpoints, batches)
-                write_text(self.run.config, to_yaml(self.config))  # not before the checkpoint has agreed with it
+                self.run.write_config(self.config)  # again, with what may change, now that the checkpoint agrees
                 return self._fit(checkpoints, batches, start)
         except OSError as error:  # the journal, the picture or the summary
             raise checkpoints.failure(f"writing in {self.run.path}", error) from error

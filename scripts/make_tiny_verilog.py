@@ -20,11 +20,11 @@ from pathlib import Path
 
 from tiny_verilog_basics import BASE
 from tiny_verilog_circuits import FAMILY_WORDS, MODULES, VERILOG_WORDS, Circuit, Family, Names, Port, span
-from tiny_verilog_families import TRAIN
+from tiny_verilog_families import GENERAL, TRAIN
 
 BUNDLED = Path(__file__).resolve().parent.parent / "gemma_tpu" / "bundled" / "tiny_verilog"
 SEED = 20
-ROWS = {"base": 4200, "train": 4800, "validation": 200, "heldout": 60}
+ROWS = {"base": 4600, "train": 4800, "validation": 200, "heldout": 60}
 OPENINGS = ("Write module {}:", "Design module {}:", "Verilog module {}:")
 STYLE_WEIGHT = {"comb": 4.0, "plain": 2.0, "plain+en": 1.5}  # the plain styles are the frequent ones
 TOKEN = re.compile(r"\d*'[bdh][0-9a-fA-F]+|\d+|[A-Za-z_]\w*|<=|>=|==|!=|<<|>>|~&|~\||~\^|&&|\|\||\S")
@@ -92,8 +92,8 @@ class Build:
             for options in heldout:
                 self.add_problem(family, options)
         words = [w + "_m" if w in VERILOG_WORDS else w for w in FAMILY_WORDS]
-        for family in BASE:
-            self.fill("base", family, combinations(family), ROWS["base"] // len(BASE), MODULES + words)
+        for family in GENERAL + BASE:
+            self.fill("base", family, combinations(family), ROWS["base"] // len(GENERAL + BASE), MODULES + words)
         for name in ("base", "train", "validation"):
             self.rng.shuffle(self.files[name])
 

@@ -303,7 +303,6 @@ WAYS = ("up", "down")
 TRAIN = (
     Family("gate", gate, {"op": tuple(GATES), "inputs": (2, 3, 4), "width": WIDTHS, "style": STYLES}),
     Family("mux2", mux2, {"sense": ("high", "low"), "width": WIDTHS, "style": STYLES}),
-    Family("mux4", mux4, {"width": WIDTHS, "style": STYLES}),
     Family(
         "add",
         add,
@@ -320,6 +319,20 @@ TRAIN = (
         lambda o: o["sign"] == "unsigned" or "equal" not in o["relation"],  # where a sign makes no difference
     ),
     Family("reduce", reduce, {"kind": tuple(REDUCTIONS), "width": BUSES, "style": STYLES}),
+    Family("decoder", decoder, {"bits": (2, 3, 4), "active": ("active-high", "active-low"), "style": STYLES}),
+    Family("counter", counter, {"way": WAYS, "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
+    Family("modulo", modulo, {"way": WAYS, "last": LASTS, "width": (2, 3, 4, 5, 6), "style": RESETS}, fits),
+    Family("updown", updown, {"sense": ("high", "low"), "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
+    Family("load_counter", load_counter, {"way": WAYS, "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
+    Family("shift", shift, {"way": ("left", "right"), "width": BUSES[1:], "style": RESETS}),
+    Family("edge", edge, {"kind": ("rising", "falling", "any"), "width": WIDTHS, "style": RESETS}),
+    Family("sequence", sequence, {"pattern": PATTERNS, "style": RESETS}),
+    Family("divider", divider, {"last": LASTS, "width": (2, 3, 4, 5, 6), "style": RESETS}, fits),
+    Family("machine", machine, {"states": (3, 4), "wait": (0, 1, 2), "high": (0, 1, 2), "style": RESETS}),
+)
+# Their operands and options are as rich, but they teach the base model: nothing of them is held out.
+GENERAL = (
+    Family("mux4", mux4, {"width": WIDTHS, "style": STYLES}),
     Family("reverse", reverse, {"inverted": (False, True), "width": (2, 3, 4, 5, 6), "style": STYLES}),
     Family(
         "extreme", extreme, {"kind": ("minimum", "maximum"), "sign": SIGNS, "width": BUSES, "style": STYLES}
@@ -330,19 +343,9 @@ TRAIN = (
         {"first": ALU, "second": ALU, "width": BUSES, "style": STYLES},
         lambda o: o["first"] != o["second"],
     ),
-    Family("decoder", decoder, {"bits": (2, 3, 4), "active": ("active-high", "active-low"), "style": STYLES}),
     Family("priority", priority, {"lines": (3, 4, 5), "first": ("highest", "lowest"), "style": STYLES}),
     Family("gray", gray, {"inverted": (False, True), "width": BUSES, "style": STYLES}),
-    Family("counter", counter, {"way": WAYS, "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
-    Family("modulo", modulo, {"way": WAYS, "last": LASTS, "width": (2, 3, 4, 5, 6), "style": RESETS}, fits),
-    Family("updown", updown, {"sense": ("high", "low"), "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
-    Family("load_counter", load_counter, {"way": WAYS, "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
-    Family("shift", shift, {"way": ("left", "right"), "width": BUSES[1:], "style": RESETS}),
     Family("rotate", rotate, {"way": ("left", "right"), "width": BUSES[1:], "style": RESETS}),
     Family("accumulator", accumulator, {"op": ACCUMULATED, "width": BUSES, "style": RESETS}),
     Family("saturating", saturating, {"way": WAYS, "width": BUSES, "style": RESETS}),
-    Family("edge", edge, {"kind": ("rising", "falling", "any"), "width": WIDTHS, "style": RESETS}),
-    Family("sequence", sequence, {"pattern": PATTERNS, "style": RESETS}),
-    Family("divider", divider, {"last": LASTS, "width": (2, 3, 4, 5, 6), "style": RESETS}, fits),
-    Family("machine", machine, {"states": (3, 4), "wait": (0, 1, 2), "high": (0, 1, 2), "style": RESETS}),
 )

@@ -124,12 +124,12 @@ def test_steps_replace_the_epochs_of_a_lower_layer_and_epochs_the_steps(read):
     assert length("train: {epochs: 2}", "train.steps=7") == (7, None)
     assert length("train: {steps: 7}", "train.epochs=2") == (None, 2)
     assert length("train: {steps: null, epochs: 2}") == (None, 2)
-    assert length("train: {steps: null}") == (None, Config().train.epochs)
+    assert length("train: {epochs: null}") == (Config().train.steps, None)
 
 
 def test_steps_and_epochs_together_or_neither_are_refused(refusal):
     assert "train.steps (7) or train.epochs (2): give exactly one" in refusal("train: {steps: 7, epochs: 2}")
-    assert "give exactly one" in refusal("train: {epochs: null}")
+    assert "give exactly one" in refusal("train: {steps: null}")
 
 
 def test_a_mesh_is_auto_until_an_axis_is_named(read, refusal):
@@ -257,7 +257,7 @@ def test_differences_are_named_by_key_with_both_values():
     assert differences(a, a) == []
     assert differences(a, b) == [
         "lora.targets: 'all' -> ['q_proj']",
-        "lora.rank: 16 -> 8",
+        "lora.rank: 32 -> 8",
         "run_dir: 'runs/tiny_cpu' -> 'runs/b'",
     ]
 

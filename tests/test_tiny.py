@@ -69,7 +69,7 @@ def test_config_has_the_published_form(published):
         "model_type": "gemma4_text",
         "head_dim": 32,
         "global_head_dim": 64,
-        "num_attention_heads": 8,
+        "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "num_global_key_value_heads": 4,
         "attention_k_eq_v": True,
