@@ -29,11 +29,15 @@ def compile_cache(tmp_path_factory):
     import jax
 
     folder = tmp_path_factory.mktemp("xla")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # for subprocesses
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for subprocesses
     yield folder
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    jax.config.update("jax_compilation_cache_dir", None)
+    for name, value in before.items():
+        jax.config.update(name, value)
+        os.environ.pop(name.upper())
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +58,23 @@ def base16(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(base32, compile_cache, tmp_path_factory):
-    """A complete run on a 2x2 mesh, without a stop; dropout, two micro-batches, held-out rows."""
-    from runs_helper import HELD_OUT, run_config, train
+    """A complete run on a 2x2 mesh, without a stop; dropout, two micro-batches, packed rows."""
+    from runs_helper import run_config, train
 
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(run_config(base32, run_dir, HELD_OUT))
+    train(run_config(base32, run_dir))
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def held_out_run(base32, whole_run, tmp_path_factory):
+    """The same run with held-out rows, whose loss is measured before and after."""
+    from runs_helper import first_rows, run_config, train
+
+    folder = tmp_path_factory.mktemp("held_out")
+    rows = first_rows("bundled:tiny_verilog/validation.jsonl", 24, folder / "rows.jsonl")
+    train(run_config(base32, folder / "run", f"data.validation={rows}"))
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +85,14 @@ def whole_merged(whole_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "merged"
     gemma_tpu.merge(whole_run, out=out)
     return out
+
+
+@pytest.fixture(scope="session")
+def one_device_run(base32, compile_cache, tmp_path_factory):
+    """The same run on one device, by the command line in a process of its own."""
+    from runs_helper import one_device, run, write_config
+
+    folder = tmp_path_factory.mktemp("one_device")
+    finished = run(one_device(write_config(folder / "run.yaml", base32, folder / "run")))
+    assert finished.returncode == 0, finished.stderr
+    return folder / "run"

@@ -1,0 +1,197 @@
+"""The two evaluations, and that each is measured beside its base."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from runs_helper import first_rows, write_base
+
+import gemma_tpu
+from gemma_tpu import evaluate, runs, sampler, sandbox, verilog
+from gemma_tpu.data import prepare
+from gemma_tpu.errors import UserError
+from gemma_tpu.sampler import Settings
+from gemma_tpu.tokenizer import Tokenizer
+
+# --- pass@1 -------------------------------------------------------------------------------------------------
+
+needs_simulator = pytest.mark.skipif(
+    shutil.which("iverilog") is None or sandbox.available() is None,
+    reason="needs iverilog and a sandbox (apt-get install iverilog bubblewrap)",
+)
+FEW = Settings(max_new_tokens=8)
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """Three of the held-out problems in place of all."""
+    file = first_rows(evaluate.PROBLEMS, 3, tmp_path / "problems.jsonl")
+    monkeypatch.setattr(evaluate, "PROBLEMS", str(file))
+    return verilog.load_problems(file)
+
+
+def answers(monkeypatch, base, texts: list[str]):
+    """A model that says these texts, one for each prompt; returns the prompts that it got."""
+    tokenizer, asked = Tokenizer(base), []
+
+    def generate(model, prompts, stop_ids, settings, **more):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        assert tuple(stop_ids) == tokenizer.stop_ids
+        encoded = [tokenizer.encode(text) for text in texts]
+        return [sampler.Completion(ids, "stop", [0.0] * len(ids)) for ids in encoded]
+
+    monkeypatch.setattr(sampler, "generate", generate)
+    return asked
+
+
+@needs_simulator
+def test_an_untrained_model_passes_nothing_and_the_json_has_the_contracts_keys(base32, three):
+    found = evaluate.tiny(base32, settings=FEW)
+    assert found.keys() >= {"passed", "total", "pass_at_k", "per_problem", "failures", "iverilog"}
+    assert (found["passed"], found["total"]) == (0, 3)
+    assert found["pass_at_k"] == {"1": [0.0, 0.0, 0.0]}
+    assert found["failures"] == {"no_code": 3} and found["cut"] == 3
+    assert found["per_problem"].keys() == {problem.id for problem in three}
+    assert found["iverilog"].startswith("Icarus Verilog version") and "base" not in found
+    assert json.dumps(found)
+
+
+@needs_simulator
+def test_a_model_that_gives_the_references_passes_all(base32, three, monkeypatch, capsys):
+    asked = answers(monkeypatch, base32, [f"```verilog\n{problem.reference}```" for problem in three])
+    found = evaluate.tiny(base32)
+    assert (found["passed"], found["total"], found["failures"]) == (3, 3, {})
+    assert found["pass_at_k"] == {"1": [1.0, 1.0, 1.0]}
+    assert all(entry["verdicts"] == ["passed"] for entry in found["per_problem"].values())
+    assert all(problem.prompt in text for problem, text in zip(three, asked, strict=True))
+    assert all("<|turn>model" in text for text in asked), "asked by the chat template"
+    assert "1.000" in capsys.readouterr().err
+
+
+@needs_simulator
+def test_right_wrong_and_broken_answers_are_told_apart(base32, three, monkeypatch):
+    broken = three[2].reference.replace("endmodule", "")
+    answers(monkeypatch, base32, [three[0].reference, three[0].reference, broken])
+    found = evaluate.tiny(base32)
+    assert found["passed"] == 1 and found["pass_at_k"]["1"][0] == pytest.approx(1 / 3, abs=1e-4)
+    low, high = found["pass_at_k"]["1"][1:]
+    assert low == 0.0 and high == 1.0, "three problems say next to nothing"
+    assert sum(found["failures"].values()) == 2 and found["failures"]["no_code"] == 1
+    assert [entry["passed"] for entry in found["per_problem"].values()] == [1, 0, 0]
+
+
+@needs_simulator
+def test_several_samples_of_a_problem_give_pass_at_k(base32, three, monkeypatch):
+    good, bad = [problem.reference for problem in three], "nothing"
+    answers(monkeypatch, base32, [good[0], bad, bad, bad, good[2], good[2]])
+    found = evaluate.tiny(base32, samples=2, settings=Settings(temperature=0.7))
+    assert found["total"] == 6 and found["passed"] == 3 and found["problems"] == 3
+    assert found["pass_at_k"]["1"][0] == pytest.approx(0.5)
+    assert found["pass_at_k"]["2"][0] == pytest.approx(2 / 3, abs=1e-4)
+
+
+@needs_simulator
+def test_a_run_is_scored_beside_its_base_and_keeps_the_verdicts(whole_run, base32, three, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    found = evaluate.tiny(tmp_path / "run", settings=FEW)
+    assert found["base"]["target"] == str(base32) and found["base"]["total"] == 3
+    stored = json.loads((tmp_path / "run" / "eval_tiny.json").read_text())
+    assert stored == found
+    tuned, base = ([entry["completions"] for entry in part["per_problem"].values()]
+                   for part in (found, found["base"]))  # fmt: skip
+    assert tuned != base, "two models"
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()[-3:-1]] == ["base", "tuned"]
+    assert "base" not in evaluate.tiny(tmp_path / "run", settings=FEW, base=False)
+
+
+def test_without_iverilog_it_says_how_to_install_it(base32, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="iverilog is not installed.*apt-get install iverilog"):
+        evaluate.tiny(base32)
+
+
+def test_the_interval_narrows_with_the_problems_and_holds_the_value():
+    for passed in (0, 20, 40):
+        value, low, high = evaluate.pass_at_k(np.array([1] * passed + [0] * (40 - passed)), 1, 1)
+        assert low <= value == passed / 40 <= high
+        if passed == 20:
+            assert 0.25 < low < 0.42 and 0.58 < high < 0.75, "0.5 +- 1.96 * sqrt(0.25 / 40) is 0.35 to 0.65"
+
+
+# --- held-out loss ------------------------------------------------------------------------------------------
+
+
+def by_hand(model, config, tokenizer) -> float:
+    """Mean of -log p over the assistants' tokens, row by row, unpacked, in float64."""
+    rows = prepare(config.data, tokenizer, config.data.validation)
+    assert len(rows) == 24
+    tokens, segments = np.zeros((2, 24, 256), np.int32)
+    for number in range(24):
+        ids, _ = rows[number]
+        tokens[number, : len(ids)], segments[number, : len(ids)] = ids, 1
+    logits = np.asarray(model(tokens, segments), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    total = count = 0
+    for number in range(24):
+        ids, mask = rows[number]
+        for place in range(1, len(ids)):
+            if mask[place]:
+                total += log_z[number, place - 1] - logits[number, place - 1, ids[place]]
+                count += 1
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def held_out(held_out_run):
+    return evaluate.loss(held_out_run)
+
+
+def test_the_held_out_loss_is_the_one_worked_out_by_hand(held_out, held_out_run, base32):
+    config, tokenizer = runs.read_config(held_out_run), Tokenizer(base32)
+    base, tuned = gemma_tpu.load(base32), gemma_tpu.load(base32, adapter=held_out_run)
+    assert held_out["base_loss"] == pytest.approx(by_hand(base, config, tokenizer), abs=1e-4)
+    assert held_out["tuned_loss"] == pytest.approx(by_hand(tuned, config, tokenizer), abs=1e-4)
+
+
+def test_the_held_out_loss_is_the_one_that_training_measured(held_out, held_out_run):
+    measured = json.loads((held_out_run / "summary.json").read_text())["held_out_loss"]
+    assert held_out["base_loss"] == pytest.approx(measured["0"], abs=1e-4)
+    assert held_out["tuned_loss"] == pytest.approx(measured["8"], abs=1e-4)
+    assert held_out["tuned_loss"] < held_out["base_loss"] - 0.5
+    assert held_out["tuned_perplexity"] == pytest.approx(np.exp(held_out["tuned_loss"]), rel=1e-3)
+    assert held_out["step"] == 8 and held_out["rows"] == 24 and held_out["target_tokens"] > 1000
+
+
+def test_a_model_folder_names_no_held_out_rows(base32):
+    with pytest.raises(UserError, match="eval loss needs a run folder"):
+        evaluate.loss(base32)
+
+
+def test_a_run_without_held_out_rows_is_told_what_to_name(whole_run):
+    with pytest.raises(UserError, match="has no data.validation; name a file of held-out rows"):
+        evaluate.loss(whole_run)
+
+
+def test_a_run_that_has_not_saved_yet_is_refused(held_out_run, tmp_path):
+    shutil.copytree(held_out_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoints/ here"):
+        evaluate.loss(tmp_path / "run")
+
+
+def test_another_base_in_its_place_is_refused(held_out_run, tmp_path, monkeypatch):
+    from gemma_tpu import adapters
+
+    other = write_base(tmp_path / "other", seed=5)
+    read = adapters.read
+
+    def moved(run, step=None):
+        trained = read(run, step)
+        record = trained.record | {"base": trained.record["base"] | {"folder": str(other)}}
+        return dataclasses.replace(trained, record=record)
+
+    monkeypatch.setattr(adapters, "read", moved)
+    with pytest.raises(UserError, match="is not the base that .* was trained on"):
+        evaluate.loss(held_out_run)

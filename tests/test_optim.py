@@ -1,0 +1,110 @@
+"""The schedule and the optimizer: what they do at the edges, and AdamW against torch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gemma_tpu import optim
+from gemma_tpu.schema import OptimConfig
+
+PAPER = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=100)
+
+
+def rates(section: OptimConfig, steps: int) -> np.ndarray:
+    rate, _ = optim.schedule(section, steps)
+    return np.array([float(rate(step)) for step in range(steps)])
+
+
+def test_the_papers_schedule_rises_for_100_steps_and_falls_to_zero():
+    values = rates(PAPER, 1244)
+    np.testing.assert_allclose(values[[0, 49, 99, 100]], [1e-6, 5e-5, 1e-4, 1e-4], rtol=1e-5)
+    np.testing.assert_allclose(values[100 + 572], 5e-5, rtol=1e-3)  # half way down
+    assert 0 < values[-1] < 1e-9
+    assert (np.diff(values[:100]) > 0).all() and (np.diff(values[100:]) < 0).all()
+    assert optim.schedule(PAPER, 1244)[1] == []
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20, 100])
+@pytest.mark.parametrize("steps", [1, 2, 10, 100, 150])
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_the_first_step_already_moves_and_no_rate_is_above_the_peak(shape, steps, warmup):
+    values = rates(OptimConfig(lr=0.01, schedule=shape, warmup_steps=warmup), steps)
+    assert values[0] > 0
+    assert values.max() <= 0.01 * (1 + 1e-6)
+    assert values[warmup if warmup < steps else steps // 10] == pytest.approx(0.01)  # the peak is reached
+
+
+@pytest.mark.parametrize(("steps", "clamped"), [(100, 10), (25, 2), (5, 0)])
+def test_a_warm_up_longer_than_the_run_is_clamped_and_said(steps, clamped):
+    rate, notes = optim.schedule(PAPER, steps)
+    assert notes == [f"optim.warmup_steps 100 clamped to {clamped}: the run has {steps} steps"]
+    assert float(rate(clamped)) == pytest.approx(1e-4)
+    assert optim.schedule(PAPER, 101)[1] == []
+
+
+def test_linear_and_constant_are_what_they_say():
+    linear = rates(OptimConfig(lr=1.0, schedule="linear", warmup_steps=0), 10)
+    np.testing.assert_allclose(linear, 1 - np.arange(10) / 10, rtol=1e-5)
+    assert (rates(OptimConfig(lr=0.5, schedule="constant", warmup_steps=2), 9)[1:] == 0.5).all()
+
+
+def run(section: OptimConfig, params: dict, grads: list[dict]) -> dict:
+    tx = optim.optimizer(section, optax.constant_schedule(section.lr))
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def random_run(steps: int = 5):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (5,)}
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    grads = [
+        {name: (size * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+        for size in (3.0, 0.01, 30.0, 0.1, 1.0)[:steps]
+    ]
+    return params, grads
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_clipping_and_adamw_equal_torchs(clip):
+    torch = pytest.importorskip("torch")
+    section = OptimConfig(lr=0.02, weight_decay=0.1, clip=clip, b1=0.8, b2=0.95, eps=1e-6)
+    params, grads = random_run()
+    found = run(section, jax.tree.map(jnp.asarray, params), grads)
+    theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in params.items()}
+    adamw = torch.optim.AdamW(theirs.values(), lr=0.02, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    for grad in grads:
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grad[name])
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        adamw.step()
+    for name, parameter in theirs.items():
+        np.testing.assert_allclose(found[name], parameter.detach().numpy(), atol=2e-6)
+
+
+def test_clipping_bounds_the_global_norm_and_leaves_small_gradients_alone():
+    params, (big, small) = random_run(2)
+    tx = optim.optimizer(OptimConfig(clip=0.5, b1=0.0, weight_decay=0.0), optax.constant_schedule(0.01))
+
+    def first_moment(grad):  # with b1 = 0 it is the gradient after clipping
+        _, state = tx.update(grad, tx.init(params), params)
+        return optax.tree.get(state, "mu")
+
+    assert float(optax.tree.norm(big)) > 0.5 > float(optax.tree.norm(small))
+    assert float(optax.tree.norm(first_moment(big))) == pytest.approx(0.5, rel=1e-5)
+    for name, grad in small.items():
+        np.testing.assert_allclose(first_moment(small)[name], grad, rtol=1e-6)
+
+
+def test_weight_decay_shrinks_what_has_no_gradient():
+    params = {"a": jnp.full((3,), 2.0)}
+    still = [{"a": jnp.zeros(3)}] * 2
+    moved = run(OptimConfig(lr=0.1, weight_decay=0.5, clip=1.0), params, still)
+    np.testing.assert_allclose(moved["a"], 2.0 * (1 - 0.1 * 0.5) ** 2, rtol=1e-6)
+    np.testing.assert_array_equal(run(OptimConfig(lr=0.1, weight_decay=0.0), params, still)["a"], params["a"])
