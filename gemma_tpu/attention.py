@@ -1,7 +1,7 @@
 """Attention over packed rows: causal, within a segment, and within a window where the layer has one.
 
-Shapes: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, g = G * T, H head dim, C chunks,
-W window.
+Shapes: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, g = G * T, H head dim, W window,
+C chunks of c tokens.
 Masks go by index in the row, as the reference does; packed segments are contiguous, so inside one segment the
 index distance is the position distance. Segment 0 is padding.
 """
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite: a row that is all padding stays a number
+MIN_CHUNK = 64  # shorter chunks make matmuls too small to be worth the keys they save
 
 
 def attention(
@@ -30,8 +31,9 @@ def attention(
     """
     tokens = q_BTNH.shape[1]
     if q_index_BT is None:
-        if window is not None and tokens % window == 0 and tokens >= 4 * window:
-            return _banded(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window)
+        chunk = None if window is None else _chunk(tokens, window)
+        if chunk is not None:
+            return _banded(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window, chunk)
         q_index_BT = jnp.arange(tokens)[None]
     k_index_S = jnp.arange(k_BSKH.shape[1])
     bias_BTS = _bias(q_index_BT, k_index_S, q_segments_BT, k_segments_BS, window)
@@ -63,24 +65,31 @@ def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale):
     return out_BKgH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _banded(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window):
-    """Chunks of W queries see their own chunk and the one before: 2 W keys each instead of T."""
+def _chunk(tokens: int, window: int) -> int | None:
+    """The chunk length that makes a query look at the fewest keys, chunk + window; None where all is no more."""
+    chunks = [window // part for part in (1, 2, 4) if window % part == 0 and tokens % (window // part) == 0]
+    chunks = [chunk for chunk in chunks if chunk >= MIN_CHUNK or chunk == window]
+    best = min(chunks, default=tokens)
+    return best if 4 * (best + window) <= 3 * tokens else None
+
+
+def _banded(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window, chunk):
+    """Chunks of c queries see their own chunk and the window before it: c + W keys each instead of T."""
     B, T, N, H = q_BTNH.shape
-    C = T // window
+    C, before = T // chunk, window // chunk
 
-    def chunks(x):  # [B, T, ...] -> [B * C, W, ...]
-        return x.reshape(B * C, window, *x.shape[2:])
+    def chunks(x):  # [B, T, ...] -> [B * C, c, ...]
+        return x.reshape(B * C, chunk, *x.shape[2:])
 
-    def with_previous(x):  # [B, T, ...] -> [B * C, 2 W, ...]
-        x_BCW = x.reshape(B, C, window, *x.shape[2:])
-        before_BCW = jnp.concatenate([jnp.zeros_like(x_BCW[:, :1]), x_BCW[:, :-1]], axis=1)
-        both = jnp.concatenate([before_BCW, x_BCW], axis=2)
-        return both.reshape(B * C, 2 * window, *x.shape[2:])
+    def with_window(x, filler=0):  # [B, T, ...] -> [B * C, W + c, ...]
+        lead = jnp.full((B, window, *x.shape[2:]), filler, x.dtype)
+        x_BCc = jnp.concatenate([lead, x], axis=1).reshape(B, C + before, chunk, *x.shape[2:])
+        both = jnp.concatenate([x_BCc[:, i : i + C] for i in range(before + 1)], axis=2)
+        return both.reshape(B * C, window + chunk, *x.shape[2:])
 
-    # Chunk 0 has no chunk before it: its stand-in gets segment -1, which no query has.
-    k_segments = with_previous(k_segments_BS).reshape(B, C, 2 * window)
-    k_segments = k_segments.at[:, 0, :window].set(-1).reshape(B * C, 2 * window)
-    q_index = jnp.arange(window, 2 * window)[None]
-    bias = _bias(q_index, jnp.arange(2 * window), chunks(q_segments_BT), k_segments, window)
-    out = _softmax_attention(chunks(q_BTNH), with_previous(k_BSKH), with_previous(v_BSKH), bias, scale)
+    # What stands before the first token gets segment -1, which no query has.
+    k_segments = with_window(k_segments_BS, filler=-1)
+    q_index = jnp.arange(window, window + chunk)[None]
+    bias = _bias(q_index, jnp.arange(window + chunk), chunks(q_segments_BT), k_segments, window)
+    out = _softmax_attention(chunks(q_BTNH), with_window(k_BSKH), with_window(v_BSKH), bias, scale)
     return out.reshape(B, T, N, H)

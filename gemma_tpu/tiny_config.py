@@ -47,7 +47,7 @@ class TinyDims:
     global_kv_heads: int = 4
     head_dim: int = 32
     global_head_dim: int = 64
-    window: int = 64
+    window: int = 128
     vocab: int = 1024
     max_positions: int = 4096
 

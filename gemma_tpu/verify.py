@@ -119,7 +119,7 @@ def _compare_logits(
         report.figures["bfloat16_drift"] = drift
         bound = drift
     report.figures["logit_bound"] = bound
-    report.check(largest <= bound, f"merged and base + adapter differ by {largest:.3g} {where}; the bound is {bound:.3g}")
+    report.check(largest <= bound, f"merged and base + adapter differ by {largest:.3g} {where}; bound {bound:.3g}")
     return merged
 
 
@@ -164,8 +164,8 @@ def _table(report: Report) -> str:
         ("least share of equal elements", f"{f['least_identical_share']:.4%}  {f['least_identical_tensor']}"),
     ]
     if "max_logit_difference" in f:
-        rows.append(("merged vs base + adapter, max |logit difference|",
-                     f"{f['max_logit_difference']:.3g} (bound {f['logit_bound']:.3g}, max |logit| {f['max_logit']:.3g})"))  # fmt: skip
+        bounds = f"bound {f['logit_bound']:.3g}, max |logit| {f['max_logit']:.3g}"
+        rows.append(("merged vs base + adapter, max |logit difference|", f"{f['max_logit_difference']:.3g} ({bounds})"))
     if "bfloat16_drift" in f:
         rows.append(("what bfloat16 arithmetic itself moves", f"{f['bfloat16_drift']:.3g}"))
     for name, found in f["clients"].items():

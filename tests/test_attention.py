@@ -63,9 +63,12 @@ def test_attention_is_its_definition(window, kv_heads):
     np.testing.assert_allclose(found, by_definition(q, k, v, segments, window, 0.7), atol=2e-6)
 
 
-@pytest.mark.parametrize(("tokens", "window"), [(32, 8), (32, 4), (30, 5), (24, 1), (64, 16)])
-def test_the_banded_path_equals_the_plain_mask_and_so_do_its_gradients(tokens, window, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "window", "smallest"), [(32, 8, 64), (32, 4, 64), (30, 5, 64), (24, 1, 64), (64, 16, 8), (24, 8, 2)]
+)
+def test_the_banded_path_equals_the_plain_mask_and_so_do_its_gradients(tokens, window, smallest, monkeypatch):
     took = []
+    monkeypatch.setattr(module, "MIN_CHUNK", smallest)  # small ones have several chunks in a window
     monkeypatch.setattr(module, "_banded", lambda *a, inner=module._banded: took.append(1) or inner(*a))
     cotangent = np.random.default_rng(9).standard_normal((B, tokens, N, H)).astype(np.float32)
 
@@ -87,7 +90,7 @@ def test_the_banded_path_equals_the_plain_mask_and_so_do_its_gradients(tokens, w
     assert len(took) == 1  # traced once, for the band alone
 
 
-@pytest.mark.parametrize(("tokens", "window"), [(24, 8), (33, 8), (32, None)])
+@pytest.mark.parametrize(("tokens", "window"), [(16, 8), (33, 8), (32, None)])
 def test_rows_that_do_not_fit_the_band_take_the_plain_mask(tokens, window, monkeypatch):
     monkeypatch.setattr(module, "_banded", None)
     q, k, v, segments = random_inputs(tokens)
