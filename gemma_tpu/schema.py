@@ -98,7 +98,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     method: Literal["lora", "full"] = "lora"
-    steps: Positive | None = 360  # optimizer updates; either this or epochs
+    steps: Positive | None = 380  # optimizer updates; either this or epochs
     epochs: Positive | None = None
     batch_size: Positive = 4  # rows per optimizer update
     accumulation: Positive = 1  # micro-batches that an update is computed in

@@ -23,8 +23,8 @@ from tiny_verilog_circuits import FAMILY_WORDS, MODULES, VERILOG_WORDS, Circuit,
 from tiny_verilog_families import GENERAL, TRAIN
 
 BUNDLED = Path(__file__).resolve().parent.parent / "gemma_tpu" / "bundled" / "tiny_verilog"
-SEED = 20
-ROWS = {"base": 4600, "train": 4800, "validation": 200, "heldout": 60}
+SEED = 21
+ROWS = {"base": 4800, "train": 4900, "validation": 200, "heldout": 60}
 OPENINGS = ("Write module {}:", "Design module {}:", "Verilog module {}:")
 STYLE_WEIGHT = {"comb": 4.0, "plain": 2.0, "plain+en": 1.5}  # the plain styles are the frequent ones
 TOKEN = re.compile(r"\d*'[bdh][0-9a-fA-F]+|\d+|[A-Za-z_]\w*|<=|>=|==|!=|<<|>>|~&|~\||~\^|&&|\|\||\S")

@@ -301,7 +301,7 @@ ACCUMULATED = ("add", "subtract", "or", "xor")  # "and" would stay at its reset 
 LASTS = (2, 3, 5, 6, 9, 11, 12, 13)
 WAYS = ("up", "down")
 TRAIN = (
-    Family("gate", gate, {"op": tuple(GATES), "inputs": (2, 3, 4), "width": WIDTHS, "style": STYLES}),
+    Family("gate", gate, {"op": tuple(GATES), "inputs": (2, 3), "width": WIDTHS, "style": STYLES}),
     Family("mux2", mux2, {"sense": ("high", "low"), "width": WIDTHS, "style": STYLES}),
     Family(
         "add",
@@ -326,12 +326,12 @@ TRAIN = (
     Family("load_counter", load_counter, {"way": WAYS, "step": (1, 2, 3), "width": BUSES, "style": RESETS}),
     Family("shift", shift, {"way": ("left", "right"), "width": BUSES[1:], "style": RESETS}),
     Family("edge", edge, {"kind": ("rising", "falling", "any"), "width": WIDTHS, "style": RESETS}),
-    Family("sequence", sequence, {"pattern": PATTERNS, "style": RESETS}),
     Family("divider", divider, {"last": LASTS, "width": (2, 3, 4, 5, 6), "style": RESETS}, fits),
     Family("machine", machine, {"states": (3, 4), "wait": (0, 1, 2), "high": (0, 1, 2), "style": RESETS}),
 )
 # Their operands and options are as rich, but they teach the base model: nothing of them is held out.
 GENERAL = (
+    Family("sequence", sequence, {"pattern": PATTERNS, "style": RESETS}),
     Family("mux4", mux4, {"width": WIDTHS, "style": STYLES}),
     Family("reverse", reverse, {"inverted": (False, True), "width": (2, 3, 4, 5, 6), "style": STYLES}),
     Family(
