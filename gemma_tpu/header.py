@@ -5,17 +5,16 @@ Everything in it comes from outside, so whatever it says, the answer is a Shard 
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from gemma_tpu.errors import UserError
+from gemma_tpu.remote import Source
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -30,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+_FIRST_READ = 64 << 10
 _MAX_RANK = 32
 _MAX_BYTES = 1 << 62  # of a tensor and of any offset: what numpy and pread can address
 
@@ -63,34 +63,34 @@ class Shard:
         return self.tensors[-1].end if self.tensors else self.data_start
 
 
-def read_shard(path: Path) -> Shard:
+def read_shard(source: Source, name: str) -> Shard:
     """Reads and checks one header; every bad tensor of the file is named in one UserError."""
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES) or length < 2:
-            raise UserError(f"{path.name} is truncated or not a safetensors file: it has {size} bytes and "
-                            f"its first 8 give a header of {length}")
-        header = parse_json(file.read(length), f"the header of {path.name}")
+    size = source.size(name)
+    first = source.read(name, 0, min(size, _FIRST_READ))  # from far away, one request instead of two
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES) or length < 2:
+        raise UserError(f"{name} is truncated or not a safetensors file: it has {size} bytes and "
+                        f"its first 8 give a header of {length}")
+    raw = first[8 : 8 + length] + source.read(name, len(first), max(len(first), 8 + length))
+    header = parse_json(raw, f"the header of {name}")
     if not isinstance(header, dict):
-        raise UserError(f"the header of {path.name} must be a JSON object, not {type(header).__name__}")
+        raise UserError(f"the header of {name} must be a JSON object, not {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     tensors, problems = [], []
     if not isinstance(metadata, dict):
         problems.append("__metadata__ is not an object")
-    for name, entry in header.items():
+    for tensor, entry in header.items():
         try:
             dtype, shape, (start, end) = _parse_entry(entry)
-            tensors.append(TensorInfo(name, dtype, shape, path.name, 8 + length + start, 8 + length + end))
+            tensors.append(TensorInfo(tensor, dtype, shape, name, 8 + length + start, 8 + length + end))
         except ValueError as error:
-            problems.append(f"{ascii(name)}: {error}")
+            problems.append(f"{ascii(tensor)}: {error}")
     tensors.sort(key=lambda t: (t.start, t.end))
     if not problems:  # a tensor left out above would only make false gaps
         problems = list(_layout_problems(tensors, 8 + length, size))
     if problems:
-        raise UserError(f"{path.name} is damaged: {'; '.join(problems)}")
-    return Shard(path.name, 8 + length, tuple(tensors))
+        raise UserError(f"{name} is damaged: {'; '.join(problems)}")
+    return Shard(name, 8 + length, tuple(tensors))
 
 
 def _parse_entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
@@ -131,7 +131,7 @@ def _layout_problems(tensors: list[TensorInfo], data_start: int, size: int) -> I
         yield f"{size - position} bytes follow the last tensor"
 
 
-def parse_json(raw: bytes, what: str) -> Any:
+def parse_json(raw: bytes | bytearray, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
@@ -144,15 +144,3 @@ def parse_json(raw: bytes, what: str) -> Any:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise UserError(f"{what} is not valid JSON: {error}") from None
-
-
-def read_file(path: Path) -> bytes:
-    with open_file(path) as file:
-        return file.read()
-
-
-def open_file(path: Path) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None

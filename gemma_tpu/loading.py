@@ -10,25 +10,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from gemma_tpu import hf_config, variants, weights
 from gemma_tpu import mesh as meshes
-from gemma_tpu import variants, weights
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import Base
 from gemma_tpu.shards import Checkpoint, open_checkpoint
+from gemma_tpu.transfer import Transfer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def architecture(checkpoint: Checkpoint) -> variants.Architecture:
     """What config.json says, with the prefix that the tensors really have."""
-    arch = variants.from_config(checkpoint.config)
-    names = checkpoint.names()
-    if f"{arch.prefix}embed_tokens.weight" not in names:
-        # Text towers saved alone from a multimodal class, or the other way round, keep config.json as it was.
-        for prefix in ("model.language_model.", "model."):
-            if f"{prefix}embed_tokens.weight" in names:
-                return arch.with_prefix(prefix)
-    return arch
+    arch = hf_config.from_config(checkpoint.config)
+    # Text towers saved alone from a multimodal class, or the other way round, keep config.json as it was.
+    there = [prefix for prefix in (arch.prefix, *hf_config.PREFIXES) if f"{prefix}embed_tokens.weight" in checkpoint]
+    return arch.with_prefix(there[0]) if there else arch
 
 
 def variables(model: Decoder, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, nnx.Variable]:
@@ -59,7 +56,8 @@ def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[
 
 def load_base(model: Decoder, checkpoint: Checkpoint, shardings: Mapping[str, NamedSharding]) -> None:
     shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in variables(model, Base).items()}
-    assign(model, weights.load(checkpoint, model.arch, shapes, shardings))
+    with Transfer("weights", checkpoint.source) as transfer:
+        assign(model, weights.load(checkpoint, model.arch, shapes, shardings, transfer.update))
 
 
 def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
@@ -75,6 +73,6 @@ def one_device_mesh() -> Mesh:
 
 
 def build(folder: str | Path, *, dtype: str) -> tuple[Decoder, Checkpoint]:
-    """The model of a checkpoint as shapes, nothing read yet but its config and headers."""
-    checkpoint = open_checkpoint(Path(folder))
+    """The model of a checkpoint (a folder, a URL, a hub id) as shapes, nothing read yet but its config and headers."""
+    checkpoint = open_checkpoint(folder)
     return Decoder(architecture(checkpoint), DTYPES[dtype]), checkpoint

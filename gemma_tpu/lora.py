@@ -17,7 +17,7 @@ from flax import nnx
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
-from gemma_tpu.projection import LoRA, Projection, weight_letters
+from gemma_tpu.projection import ExpertProjection, LoRA, Projection, weight_letters
 from gemma_tpu.variants import Block
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,11 +32,16 @@ class Site:
     block: Block
     slot: int
     path: str  # blocks.0.5.attention.k_einsum
-    projection: Projection
+    projection: Projection | ExpertProjection
 
     @property
     def name(self) -> str:
         return self.projection.name
+
+    @property
+    def of_experts(self) -> bool:
+        """Routed experts get adapters only where a target names them: 128 of each, and few frameworks serve them."""
+        return isinstance(self.projection, ExpertProjection)
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -45,6 +50,10 @@ class Site:
     @property
     def layers(self) -> list[int]:
         return [self.block.layer_index(self.slot, repeat) for repeat in range(self.block.repeats)]
+
+    @property
+    def _letters(self) -> tuple[str, str, str]:
+        return ("E", "O", "I") if self.of_experts else weight_letters(self.projection.equation)
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         stack, _, inside = self._dims()
@@ -55,13 +64,17 @@ class Site:
         return (self.block.repeats, *stack, *out, rank)
 
     def _dims(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        letters = weight_letters(self.projection.equation)
+        letters = self._letters
         dims = iter(self.projection.w.shape[1:])
         return tuple(tuple(next(dims) for _ in group) for group in letters)  # type: ignore[return-value]
 
+    @property
+    def fan_in(self) -> int:
+        return int(np.prod(self._dims()[2]))
+
     def axes(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
         """Logical axes of A and B, from those of the base weight, with the adapter's own rank."""
-        stack, out, _ = weight_letters(self.projection.equation)
+        stack, out, _ = self._letters
         named = self.projection.w.get_metadata()["axes"][1:]
         split, end = len(stack), len(stack) + len(out)
         return ("layers", *named[:split], None, *named[end:]), ("layers", *named[:end], None)
@@ -70,9 +83,9 @@ class Site:
 def sites(model: Decoder) -> Iterator[Site]:
     for b, (block, layers) in enumerate(zip(model.arch.blocks, model.blocks, strict=True)):
         for slot, layer in enumerate(layers):
-            for part in ("attention", "mlp"):
-                for name, module in vars(getattr(layer, part)).items():
-                    if isinstance(module, Projection):
+            for part in ("attention", "mlp", "experts"):
+                for name, module in vars(getattr(layer, part, None) or object).items():
+                    if isinstance(module, Projection | ExpertProjection):
                         yield Site(block, slot, f"blocks.{b}.{slot}.{part}.{name}", module)
 
 
@@ -92,7 +105,7 @@ def select(model: Decoder, targets: str | Sequence[str], exclude: Sequence[str] 
         raise UserError(f"lora.targets: nothing matches {named}; there are:\n{_inventory(every)}")
     excluded = {site.path for found in left_out.values() for site in found}
     chosen = {site.path for found in hits.values() for site in found} - excluded
-    forgotten = [site for site in every if site.path not in chosen and site.path not in excluded]
+    forgotten = [s for s in every if not s.of_experts and s.path not in chosen and s.path not in excluded]
     if forgotten:
         raise UserError(
             "lora.targets leaves out projections that exist; add them, or name them in lora.exclude:\n"
@@ -114,12 +127,14 @@ def _name_matcher(target: str, site: Site) -> bool:
 
 
 def _regex_matcher(target: str, site: Site) -> bool:
+    if site.of_experts and "experts" not in target:
+        return False
     return any(re.search(target, name) for name in (site.path, *_hf_paths(site)))
 
 
 def _hf_paths(site: Site) -> list[str]:
-    part = "self_attn" if ".attention." in site.path else "mlp"
-    return [f"layers.{i}.{part}.{name}" for i in site.layers for name in site.hf_names]
+    part = "" if site.of_experts else "self_attn." if ".attention." in site.path else "mlp."
+    return [f"layers.{i}.{part}{name}" for i in site.layers for name in site.hf_names]
 
 
 def _in_part(site: Site, targets: Sequence[str], match) -> bool:
@@ -183,9 +198,8 @@ def initial(model: Decoder, seed: int) -> dict[str, np.ndarray]:
     """A as PEFT draws it (Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in))), B zero."""
     values: dict[str, np.ndarray] = {}
     for number, site in enumerate(site for site in sites(model) if site.projection.lora_a is not None):
-        _, _, inside = weight_letters(site.projection.equation)
         shape = site.projection.lora_a.shape
-        bound = 1.0 / np.sqrt(np.prod(shape[-len(inside) :]))
+        bound = 1.0 / np.sqrt(site.fan_in)
         draw = np.random.Generator(np.random.PCG64([seed, number]))
         values[f"{site.path}.lora_a"] = draw.uniform(-bound, bound, shape).astype(np.float32)
         values[f"{site.path}.lora_b"] = np.zeros(site.projection.lora_b.shape, np.float32)
@@ -194,10 +208,14 @@ def initial(model: Decoder, seed: int) -> dict[str, np.ndarray]:
 
 def absent(model: Decoder) -> list[str]:
     """Projections that layers lack by architecture: said, and no error."""
-    layers = [i for i, layer in enumerate(model.arch.layers) if layer.k_eq_v]
-    if not layers:
-        return []
-    return [f"v_proj: absent by architecture in {len(layers)} global layers (V is the K projection there)"]
+    lines = []
+    k_eq_v = sum(layer.k_eq_v for layer in model.arch.layers)
+    if k_eq_v:
+        lines.append(f"v_proj: absent by architecture in {k_eq_v} global layers (V is the K projection there)")
+    shared = sum(layer.kv_shared for layer in model.arch.layers)
+    if shared:
+        lines.append(f"k_proj, v_proj: absent by architecture in {shared} layers that share those of earlier layers")
+    return lines
 
 
 def table(chosen: Sequence[Site], rank: int) -> str:
@@ -208,11 +226,11 @@ def table(chosen: Sequence[Site], rank: int) -> str:
         layers, count = rows.get((site.name, shape), (0, 0))
         size = int(np.prod(site.a_shape(rank)) + np.prod(site.b_shape(rank)))
         rows[site.name, shape] = (layers + site.block.repeats, count + size)
-    lines = [f"{'module':<12}{'layers':>7}  {'weight':<22}{'rank':>5}{'parameters':>15}  dtype"]
+    lines = [f"{'module':<22}{'layers':>7}  {'weight':<22}{'rank':>5}{'parameters':>15}  dtype"]
     for (name, shape), (layers, count) in rows.items():
-        lines.append(f"{name:<12}{layers:>7}  {'x'.join(map(str, shape)):<22}{rank:>5}{count:>15,}  float32")
+        lines.append(f"{name:<22}{layers:>7}  {'x'.join(map(str, shape)):<22}{rank:>5}{count:>15,}  float32")
     total = sum(count for _, count in rows.values())
-    return "\n".join([*lines, f"{'total':<12}{'':>7}  {'':<22}{'':>5}{total:>15,}"])
+    return "\n".join([*lines, f"{'total':<22}{'':>7}  {'':<22}{'':>5}{total:>15,}"])
 
 
 def count(model: Decoder) -> int:

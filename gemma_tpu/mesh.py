@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "mlp": ("tp",),
+    "experts": ("expert",),
     "vocab": ("tp",),
     # activations: rows over data and fsdp, and the residual stream over tp along the sequence between the matmuls
     "batch": ("data", "fsdp"),
@@ -140,12 +141,21 @@ def sizes(section: MeshConfig, arch: Architecture, device_count: int, rows: int)
     if section.auto:
         return choose(arch, device_count, rows, section.replicate_kv)
     chosen = {axis: getattr(section, axis) for axis in AXES}
-    if section.expert > 1:
-        raise UserError(f"mesh.expert is {section.expert}, and this model has no experts; set it to 1")
+    check_experts(arch, section.expert)
     check_product(chosen, device_count)
     check_heads(arch, section.tp, section.replicate_kv)
     check_rows(rows, chosen)
     return chosen
+
+
+def check_experts(arch: Architecture, expert: int) -> None:
+    counts = sorted({layer.experts.count for layer in arch.layers if layer.experts is not None})
+    if expert > 1 and not counts:
+        raise UserError(f"mesh.expert is {expert}, and this model has no experts; set it to 1")
+    for count in counts:
+        if count % expert:
+            choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise UserError(f"mesh.expert={expert} does not divide the {count} experts; valid: {choices}")
 
 
 def check_rows(rows: int, sizes: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemma_tpu.attention import attention
 from gemma_tpu.mesh import constrain
-from gemma_tpu.projection import Base, LoRA, Projection
+from gemma_tpu.projection import Base, ExpertProjection, LoRA, Projection
 from gemma_tpu.variants import Architecture, Block, Layer, Rope
 
 Remat = str | Sequence[str]  # "none", "full", or the names of the activations to keep
@@ -46,15 +46,15 @@ class Context:
 
 
 class Norm(nnx.Module):
-    """RMS norm in float32, times a weight."""
+    """RMS norm in float32, times a weight (to which Gemma 3 adds one)."""
 
-    def __init__(self, size: int, axis: str | None, eps: float, repeats: int | None, dtype: jnp.dtype):
-        lead, axes = ((), (axis,)) if repeats is None else ((repeats,), ("layers", axis))
+    def __init__(self, arch: Architecture, size: int, repeats: int | None, dtype: jnp.dtype):
+        lead, axes = ((), (None,)) if repeats is None else ((repeats,), ("layers", None))
         self.w = Base(jax.ShapeDtypeStruct((*lead, size), dtype), axes=axes)
-        self.eps = eps
+        self.eps, self.offset = arch.eps, arch.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (rms(x, self.eps) * self.w[...].astype(jnp.float32)).astype(x.dtype)
+        return (rms(x, self.eps) * (self.offset + self.w[...].astype(jnp.float32))).astype(x.dtype)
 
 
 def rms(x: jax.Array, eps: float) -> jax.Array:
@@ -66,7 +66,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     """Rotary embedding, halves layout; with `partial` < 1 the last pairs have frequency zero and stay."""
     half = x_BTNH.shape[-1] // 2
     turning = int(rope.partial * half)
-    inverse = rope.theta ** (-jnp.arange(turning, dtype=jnp.float32) / half)
+    inverse = rope.theta ** (-jnp.arange(turning, dtype=jnp.float32) / half) / rope.factor
     inverse = jnp.concatenate([inverse, jnp.zeros(half - turning, jnp.float32)])
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * inverse
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
@@ -78,43 +78,49 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
 class Attention(nnx.Module):
     def __init__(self, arch: Architecture, layer: Layer, repeats: int, dtype: jnp.dtype):
         D, N, K, H = arch.hidden, arch.heads, layer.kv_heads, layer.head_dim
-        self.layer, self.eps = layer, arch.eps
+        self.layer, self.eps, self.scale, self.has_v_norm = layer, arch.eps, arch.query_scale, arch.v_norm
         self.q_proj = Projection("q_proj", "BTD,NHD->BTNH", (N, H, D), ("heads", None, "embed"), repeats, dtype)
-        if layer.k_eq_v:
+        if layer.kv_shared:
+            pass  # its keys and values come from an earlier layer
+        elif layer.k_eq_v:
             self.k_einsum = Projection("k_einsum", "BTD,KHD->BTKH", (K, H, D), ("kv_heads", None, "embed"), repeats,
                                        dtype)  # fmt: skip
         else:
             self.kv_einsum = Projection("kv_einsum", "BTD,CKHD->BTCKH", (2, K, H, D),
                                         (None, "kv_heads", None, "embed"), repeats, dtype)  # fmt: skip
         self.o_proj = Projection("o_proj", "BTNH,DNH->BTD", (D, N, H), ("embed", "heads", None), repeats, dtype)
-        self.q_norm = Norm(H, None, arch.eps, repeats, dtype)
-        self.k_norm = Norm(H, None, arch.eps, repeats, dtype)
+        self.q_norm = Norm(arch, H, repeats, dtype)
+        if not layer.kv_shared:
+            self.k_norm = Norm(arch, H, repeats, dtype)
 
-    def __call__(self, x_BTD, ctx: Context, key, kv=None):
-        q_BTNH = self.q_norm(self.q_proj(x_BTD, key))
-        q_BTNH = rotate(q_BTNH, ctx.positions_BT, self.layer.rope)
-        k_BTKH, v_BTKH = self._keys_values(x_BTD, key)
-        k_BTKH = rotate(self.k_norm(k_BTKH), ctx.positions_BT, self.layer.rope)
-        v_BTKH = rms(v_BTKH, self.eps).astype(x_BTD.dtype)  # scale-free
+    def __call__(self, x_BTD, ctx: Context, key, kv, cached):
+        """(output, the keys and values it used). `kv` are those of an earlier layer, for a layer that shares them;
+        `cached` is this layer's part of the cache, or None."""
+        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD, key)), ctx.positions_BT, self.layer.rope)
         q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", None, "act_heads", None), "q")
-        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", None, "act_kv_heads", None), "k")
-        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", None, "act_kv_heads", None), "v")
-        if kv is not None:
-            k_BTKH, v_BTKH = kv = tuple(_put(old, new, ctx.index_BT) for old, new in zip(kv, (k_BTKH, v_BTKH),
-                                                                                        strict=True))  # fmt: skip
+        if not self.layer.kv_shared:
+            kv = self._keys_values(x_BTD, ctx, key)
+            if cached is not None:
+                kv = tuple(_put(old, new, ctx.index_BT) for old, new in zip(cached, kv, strict=True))
         out_BTNH = attention(
-            q_BTNH, k_BTKH, v_BTKH, ctx.segments_BT, ctx.k_segments_BS,
-            scale=1.0, window=self.layer.window, q_index_BT=ctx.index_BT,
+            q_BTNH, *kv, ctx.segments_BT, ctx.k_segments_BS,
+            scale=self.scale, window=self.layer.window, q_index_BT=ctx.index_BT,
         )  # fmt: skip
         out_BTNH = checkpoint_name(out_BTNH, "attention")
         return checkpoint_name(self.o_proj(out_BTNH, key), "o"), kv
 
-    def _keys_values(self, x_BTD, key):
+    def _keys_values(self, x_BTD, ctx: Context, key):
         if self.layer.k_eq_v:
-            k_BTKH = self.k_einsum(x_BTD, key)
-            return k_BTKH, k_BTKH
-        kv_BTCKH = self.kv_einsum(x_BTD, key)
-        return kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+            k_BTKH = v_BTKH = self.k_einsum(x_BTD, key)
+        else:
+            kv_BTCKH = self.kv_einsum(x_BTD, key)
+            k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+        k_BTKH = rotate(self.k_norm(k_BTKH), ctx.positions_BT, self.layer.rope)
+        if self.has_v_norm:
+            v_BTKH = rms(v_BTKH, self.eps).astype(x_BTD.dtype)  # scale-free
+        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", None, "act_kv_heads", None), "k")
+        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", None, "act_kv_heads", None), "v")
+        return k_BTKH, v_BTKH
 
 
 def _put(cache_BSKH, new_BTKH, index_BT):
@@ -135,19 +141,76 @@ class MLP(nnx.Module):
         return checkpoint_name(self.down_proj(jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, key), "down")
 
 
+class Mixture(nnx.Module):
+    """Routed experts beside the dense MLP. The router is float32: a rounding there sends a token elsewhere."""
+
+    def __init__(self, arch: Architecture, layer: Layer, repeats: int, dtype: jnp.dtype):
+        D, E, F = arch.hidden, layer.experts.count, layer.experts.mlp
+        self.top_k, self.eps, self.root = layer.experts.top_k, arch.eps, D**-0.5
+        self.router = Base(jax.ShapeDtypeStruct((repeats, E, D), dtype), axes=("layers", None, None))
+        self.router_scale = Base(jax.ShapeDtypeStruct((repeats, D), dtype), axes=("layers", None))
+        self.expert_scale = Base(jax.ShapeDtypeStruct((repeats, E), dtype), axes=("layers", None))
+        self.gate_up_proj = ExpertProjection("experts.gate_up_proj", (E, 2 * F, D), ("experts", "mlp", "embed"),
+                                             repeats, dtype)  # fmt: skip
+        self.down_proj = ExpertProjection("experts.down_proj", (E, D, F), ("experts", "embed", "mlp"), repeats, dtype)
+
+    def route(self, x_TD):
+        """(weights, expert numbers) of the top k experts of each token."""
+        scaled_TD = rms(x_TD, self.eps) * self.router_scale[...].astype(jnp.float32) * self.root
+        scores_TE = scaled_TD @ self.router[...].astype(jnp.float32).T
+        weights_Tk, chosen_Tk = jax.lax.top_k(jax.nn.softmax(scores_TE, axis=-1), self.top_k)
+        weights_Tk /= jnp.sum(weights_Tk, axis=-1, keepdims=True)
+        return weights_Tk * self.expert_scale[...].astype(jnp.float32)[chosen_Tk], chosen_Tk
+
+    def __call__(self, routed_BTD, x_BTD, key):
+        """Experts see `x_BTD`; the router sees `routed_BTD`, the residual before any norm."""
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        weights_Tk, chosen_Tk = self.route(routed_BTD.reshape(x_TD.shape))
+        order_t = jnp.argsort(chosen_Tk.reshape(-1), stable=True)  # (token, expert) pairs, sorted by expert
+        sizes_E = jnp.bincount(chosen_Tk.reshape(-1), length=self.router.shape[-2]).astype(jnp.int32)
+        gate_tF, up_tF = jnp.split(self.gate_up_proj(x_TD[order_t // self.top_k], sizes_E, key), 2, axis=-1)
+        out_tD = self.down_proj(jax.nn.gelu(gate_tF, approximate=True) * up_tF, sizes_E, key)
+        out_tD = out_tD * weights_Tk.reshape(-1)[order_t, None].astype(out_tD.dtype)
+        return jnp.zeros_like(x_TD).at[order_t // self.top_k].add(out_tD).reshape(x_BTD.shape)
+
+
 class DecoderLayer(nnx.Module):
     def __init__(self, arch: Architecture, layer: Layer, repeats: int, dtype: jnp.dtype):
+        D = arch.hidden
         self.attention = Attention(arch, layer, repeats, dtype)
         self.mlp = MLP(arch, layer, repeats, dtype)
-        for name in ("input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm"):
-            setattr(self, name, Norm(arch.hidden, "norm", arch.eps, repeats, dtype))
-        self.layer_scalar = Base(jax.ShapeDtypeStruct((repeats, 1), dtype), axes=("layers", None))
+        norms = ["input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm"]
+        self.has_experts, self.has_per_layer_input = layer.experts is not None, arch.per_layer_input > 0
+        self.has_scalar = arch.layer_scalar
+        if self.has_experts:
+            self.experts = Mixture(arch, layer, repeats, dtype)
+            norms += ["dense_norm", "pre_experts_norm", "post_experts_norm"]
+        if self.has_per_layer_input:
+            P = arch.per_layer_input
+            self.per_layer_gate = Projection("per_layer_input_gate", "BTD,PD->BTP", (P, D), (None, "embed"), repeats,
+                                             dtype)  # fmt: skip
+            self.per_layer_projection = Projection("per_layer_projection", "BTP,DP->BTD", (D, P), ("embed", None),
+                                                   repeats, dtype)  # fmt: skip
+            norms += ["post_per_layer_norm"]
+        for name in norms:
+            setattr(self, name, Norm(arch, D, repeats, dtype))
+        if self.has_scalar:
+            self.layer_scalar = Base(jax.ShapeDtypeStruct((repeats, 1), dtype), axes=("layers", None))
 
-    def __call__(self, x_BTD, ctx: Context, key, kv=None):
-        out_BTD, kv = self.attention(self.input_norm(x_BTD), ctx, key, kv)
+    def __call__(self, x_BTD, ctx: Context, key, kv, cached, per_layer_BTP):
+        out_BTD, kv = self.attention(self.input_norm(x_BTD), ctx, key, kv, cached)
         x_BTD = x_BTD + self.post_attention_norm(out_BTD)
-        x_BTD = x_BTD + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x_BTD), key))
-        return constrain(x_BTD * self.layer_scalar[...], "batch", "seq", None), kv
+        out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key)
+        if self.has_experts:
+            mixed_BTD = self.experts(x_BTD, self.pre_experts_norm(x_BTD), key)
+            out_BTD = self.dense_norm(out_BTD) + self.post_experts_norm(mixed_BTD)
+        x_BTD = x_BTD + self.post_mlp_norm(out_BTD)
+        if self.has_per_layer_input:
+            gate_BTP = jax.nn.gelu(self.per_layer_gate(x_BTD, key), approximate=True) * per_layer_BTP
+            x_BTD = x_BTD + self.post_per_layer_norm(self.per_layer_projection(gate_BTP, key))
+        if self.has_scalar:
+            x_BTD = x_BTD * self.layer_scalar[...]
+        return constrain(x_BTD, "batch", "seq", None), kv
 
 
 class Embedding(nnx.Module):
@@ -162,17 +225,36 @@ class Embedding(nnx.Module):
         return w_VD[tokens_BT] * jnp.asarray(self.hidden**0.5, w_VD.dtype)  # the reference rounds the factor too
 
 
+class PerLayerEmbedding(nnx.Module):
+    """A small second input for each layer: of the token itself, and of its embedding. L layers of width P."""
+
+    def __init__(self, arch: Architecture, dtype: jnp.dtype):
+        L, P, D = len(arch.layers), arch.per_layer_input, arch.hidden
+        self.w = Base(jax.ShapeDtypeStruct((arch.per_layer_vocab, L, P), dtype), axes=("vocab", None, "embed"))
+        self.projection = Base(jax.ShapeDtypeStruct((L, P, D), dtype), axes=(None, None, "embed"))
+        self.norm = Norm(arch, P, None, dtype)
+        self.token_scale, self.root = P**0.5, D**-0.5
+
+    def __call__(self, tokens_BT, x_BTD):
+        w_VLP = self.w[...]
+        token_BTLP = w_VLP[tokens_BT] * jnp.asarray(self.token_scale, w_VLP.dtype)
+        context_BTLP = jnp.einsum("BTD,LPD->BTLP", x_BTD, self.projection[...]) * jnp.asarray(self.root, x_BTD.dtype)
+        return (self.norm(context_BTLP) + token_BTLP) * jnp.asarray(2.0**-0.5, x_BTD.dtype)
+
+
 class Decoder(nnx.Module):
     """Call it on tokens for float32 logits; `hidden` stops before the head, for a loss that never holds them."""
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype = jnp.bfloat16):
         self.arch = arch
         self.embed = Embedding(arch, dtype)
+        if arch.per_layer_input:
+            self.embed_per_layer = PerLayerEmbedding(arch, dtype)
         self.blocks = nnx.List([
             nnx.List([DecoderLayer(arch, layer, block.repeats, dtype) for layer in block.period])
             for block in arch.blocks
         ])
-        self.final_norm = Norm(arch.hidden, "norm", arch.eps, None, dtype)
+        self.final_norm = Norm(arch, arch.hidden, None, dtype)
         self.trains: type[nnx.Variable] = LoRA  # what goes through the scan as input
 
     @property
@@ -193,24 +275,34 @@ class Decoder(nnx.Module):
         if positions_BT is None:
             positions_BT = restart_positions(segment_ids_BT)
         ctx = Context(segment_ids_BT, positions_BT, segment_ids_BT, None)
-        x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", None)
-        for block, layers in zip(self.arch.blocks, self.blocks, strict=True):
-            x_BTD, _ = _run_block(block, layers, x_BTD, ctx, key, remat, self.trains, None)
-        return self.final_norm(x_BTD)
+        return self._run(tokens_BT, ctx, _Pass(key, remat, self.trains), None)[0]
 
     def with_cache(self, tokens_BT, segment_ids_BT, index_BT, cache: Cache):
         """Like `hidden`, with the tokens written to the cache at `index_BT`; returns (x_BTD, cache)."""
         rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
         segments_BS = cache.segments_BS.at[rows_B1, index_BT].set(segment_ids_BT)
         ctx = Context(segment_ids_BT, index_BT, segments_BS, index_BT)
-        x_BTD, kv = self.embed(tokens_BT), []
-        for block, layers, old in zip(self.arch.blocks, self.blocks, cache.kv, strict=True):
-            x_BTD, new = _run_block(block, layers, x_BTD, ctx, None, "none", self.trains, old)
-            kv.append(new)
-        return self.final_norm(x_BTD), Cache(tuple(kv), segments_BS)
+        x_BTD, kv = self._run(tokens_BT, ctx, _Pass(None, "none", self.trains), cache.kv)
+        return x_BTD, Cache(kv, segments_BS)
+
+    def _run(self, tokens_BT, ctx: Context, how: "_Pass", cached):
+        x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", None)
+        per_layer_BTLP = self.embed_per_layer(tokens_BT, x_BTD) if self.arch.per_layer_input else None
+        shared = _no_keys_yet(self.arch, ctx, x_BTD.dtype) if self.arch.shares_kv else {}
+        kept = []
+        for number, (block, layers) in enumerate(zip(self.arch.blocks, self.blocks, strict=True)):
+            part = None if per_layer_BTLP is None else _of_block(block, per_layer_BTLP)
+            carry, kv = _run_block(
+                block, layers, (x_BTD, shared), ctx, how, part, None if cached is None else cached[number]
+            )
+            x_BTD, shared = carry
+            kept.append(kv)
+        return self.final_norm(x_BTD), tuple(kept)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         def pair(block: Block, layer: Layer):
+            if layer.kv_shared:
+                return None
             shape = (block.repeats, rows, slots, layer.kv_heads, layer.head_dim)
             return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
@@ -231,29 +323,57 @@ def restart_positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
 
 
-def _run_block(block: Block, layers, x_BTD, ctx: Context, key, remat: Remat, trains, kv):
-    """Scan one period's layers over its repeats. `kv` is the block's part of the cache, or None."""
-    split = [nnx.split(layer, trains, ...) for layer in layers]
+@dataclass(frozen=True)
+class _Pass:
+    """How one forward pass runs: the dropout key, what is recomputed, and which variables train."""
+
+    key: jax.Array | None
+    remat: Remat
+    trains: type[nnx.Variable]
+
+
+def _no_keys_yet(arch: Architecture, ctx: Context, dtype):
+    """Stand-ins for the keys and values that later layers take over; each kind's own layers replace them."""
+    rows, slots = ctx.k_segments_BS.shape
+    own = {layer.kind: (rows, slots, layer.kv_heads, layer.head_dim) for layer in arch.layers if not layer.kv_shared}
+    return {kind: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for kind, shape in own.items()}
+
+
+def _of_block(block: Block, per_layer_BTLP):
+    """The block's part of the per-layer inputs, as the scan wants it: [repeats, slots, B, T, P]."""
+    slots, count = len(block.period), len(block.period) * block.repeats
+    part_LBTP = jnp.moveaxis(per_layer_BTLP[:, :, block.first : block.first + count], 2, 0)
+    return part_LBTP.reshape(block.repeats, slots, *part_LBTP.shape[1:])
+
+
+def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, cached):
+    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind)."""
+    split = [nnx.split(layer, how.trains, ...) for layer in layers]
     trained = [part[1] for part in split]
 
-    def one_layer(slot, repeat, x_BTD, trained_layer, kv_layer):
+    def one_layer(slot, repeat, x_BTD, trained_layer, kv, cached_layer, per_layer_BTP):
         graph, _, frozen = split[slot]
         at = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False), frozen)
         layer = nnx.merge(graph, trained_layer, at)
         number = block.first + repeat * len(block.period) + slot
-        layer_key = None if key is None else jax.random.fold_in(key, number)
-        return layer(x_BTD, ctx, layer_key, kv_layer)
+        key = None if how.key is None else jax.random.fold_in(how.key, number)
+        return layer(x_BTD, ctx, key, kv, cached_layer, per_layer_BTP)
 
-    def one_period(x_BTD, xs):
-        repeat, trained_now, kv_now = xs
-        kv_next = []
-        for slot in range(len(block.period)):
-            run = _rematerialise(lambda *a, slot=slot: one_layer(slot, *a), remat)
-            x_BTD, kv_layer = run(repeat, x_BTD, trained_now[slot], None if kv_now is None else kv_now[slot])
-            kv_next.append(kv_layer)
-        return x_BTD, None if kv_now is None else tuple(kv_next)
+    def one_period(carry, xs):
+        (x_BTD, shared), (repeat, trained_now, cached_now, per_layer_now) = carry, xs
+        kept = []
+        for slot, layer in enumerate(block.period):
+            run = _rematerialise(lambda *a, slot=slot: one_layer(slot, *a), how.remat)
+            x_BTD, kv = run(
+                repeat, x_BTD, trained_now[slot], shared.get(layer.kind),
+                None if cached_now is None else cached_now[slot],
+                None if per_layer_now is None else per_layer_now[slot],
+            )  # fmt: skip
+            shared = {**shared, layer.kind: kv} if shared else shared
+            kept.append(None if layer.kv_shared else kv)
+        return (x_BTD, shared), None if cached_now is None else tuple(kept)
 
-    return jax.lax.scan(one_period, x_BTD, (jnp.arange(block.repeats), trained, kv))
+    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, cached, per_layer))
 
 
 def _rematerialise(run, remat: Remat):

@@ -5,7 +5,7 @@ tensor is computed in blocks of rows as float64(W) + sum of scale * B @ A and ro
 float64 because W and its delta can cancel: summed in float32, about one element in a million then lands many
 bfloat16 steps from the exact result.
 
-Shapes: O = out features, I = in features (the layout of the files), R = rank.
+Shapes: O = out features, I = in features (the layout of the files), R = rank; stacked experts have an E in front.
 """
 
 import errno
@@ -42,7 +42,7 @@ _BLOCK_ELEMENTS = 1 << 20  # 8 MiB in float64: a worker's block stays near its c
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scale * b @ a, with b [O, R] and a [R, I]."""
+    """W + scale * b @ a, with b [O, R] and a [R, I]; for a stack of experts b [E, O, R] and a [E, R, I]."""
 
     b: np.ndarray
     a: np.ndarray
@@ -173,7 +173,7 @@ def _misfits(info: TensorInfo, parts: Sequence[LowRank | Replace]) -> Iterator[s
                 yield f"{part.array.dtype} cannot replace {info.dtype}"
             continue
         b, a = list(part.b.shape), list(part.a.shape)
-        if len(b) != 2 or len(a) != 2 or b[1] != a[0] or [b[0], a[1]] != shape:
+        if len(a) != len(b) or len(b) not in (2, 3) or b[-1] != a[-2] or a[:-2] != b[:-2] or [*b[:-1], a[-1]] != shape:
             yield f"b {b} @ a {a} must give the base's {shape}"
         if info.dtype not in FLOATS:
             yield f"a delta cannot be added to {info.dtype} (quantised weights need their scales)"
@@ -273,30 +273,36 @@ def _jobs(base: Checkpoint, shard: Shard, edits: Mapping[str, Edit]) -> Iterator
         elif isinstance(edit, Replace):
             job = partial(_replace_block, base, info, edit)
         else:
-            a_RI = np.concatenate([np.asarray(part.a, np.float64) for part in edit])
-            job = partial(_add_block, base, info, edit, a_RI)
-        for index in _row_blocks(info):
+            job = partial(_add_block, base, info, edit)
+        for index in _blocks(info.shape):
             yield partial(job, index)
 
 
-def _row_blocks(info: TensorInfo) -> Iterator[Index]:
-    """Cuts the first dim so that a block has about _BLOCK_ELEMENTS; a scalar is one block."""
-    if not info.shape:
+def _blocks(shape: Sequence[int]) -> Iterator[Index]:
+    """Cuts the first dim, and where one expert of a stack is too large its rows too, so that a block has about
+    _BLOCK_ELEMENTS; a scalar is one block."""
+    if not shape:
         yield ()
         return
-    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(info.shape[1:])))
-    for start in range(0, info.shape[0], rows):
-        yield (slice(start, min(start + rows, info.shape[0])),)
+    inner = math.prod(shape[1:])
+    if len(shape) > 2 and inner > _BLOCK_ELEMENTS:
+        for first in range(shape[0]):
+            yield from ((slice(first, first + 1), *rest) for rest in _blocks(shape[1:]))
+        return
+    rows = max(1, _BLOCK_ELEMENTS // max(1, inner))
+    for start in range(0, shape[0], rows):
+        yield (slice(start, min(start + rows, shape[0])),)
 
 
 def _base_block(base: Checkpoint, info: TensorInfo, index: Index) -> tuple:
     return info.name, base.read_slice(info.name, index), None
 
 
-def _add_block(base: Checkpoint, info: TensorInfo, parts: tuple[LowRank, ...], a_RI: np.ndarray,
-               index: Index) -> tuple:
+def _add_block(base: Checkpoint, info: TensorInfo, parts: tuple[LowRank, ...], index: Index) -> tuple:
     old_OI = base.read_slice(info.name, index)
-    b_OR = np.concatenate([np.asarray(part.b[index], np.float64) * part.scale for part in parts], axis=1)
+    experts = index[: len(info.shape) - 2]  # A is wanted whole, but of these experts alone
+    a_RI = np.concatenate([np.asarray(part.a[experts], np.float64) for part in parts], axis=-2)
+    b_OR = np.concatenate([np.asarray(part.b[index], np.float64) * part.scale for part in parts], axis=-1)
     sum_OI = b_OR @ a_RI
     largest = float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
     # bfloat16 widens to float32 without loss, and numpy adds in place only what it knows itself.

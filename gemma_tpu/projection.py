@@ -4,7 +4,8 @@ An equation like "BTD,NHD->BTNH" says everything: the letters that x and w share
 those that w gives to y are out; "C" in front of a weight stacks K and V in one tensor, each with its own update.
 Weights keep the checkpoint's (out, in) order, so that loading and merging are reshapes and never transposes.
 
-Letters: B rows, T tokens, D hidden, N query heads, K KV heads, H head dim, F mlp, C = 2 (K and V), R rank.
+Letters: B rows, T tokens, D hidden, N query heads, K KV heads, H head dim, F mlp, C = 2 (K and V), R rank, E experts;
+t (token, expert) pairs sorted by expert, I in, O out.
 """
 
 import zlib
@@ -45,6 +46,33 @@ class Projection(nnx.Module):
             x = _dropout(x, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
         h = checkpoint_name(jnp.einsum(down, x, self.lora_a[...].astype(x.dtype)), "lora_h")
         return y + jnp.einsum(up, h, self.lora_b[...].astype(x.dtype)) * jnp.asarray(self.lora_scale, x.dtype)
+
+
+class ExpertProjection(nnx.Module):
+    """The same linear map once for each expert: rows sorted by expert meet their expert's weight [E, out, in]."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int], axes: tuple[str | None, ...], repeats: int,
+                 dtype: jnp.dtype):  # fmt: skip
+        self.name = name
+        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
+        self.lora_a: LoRA | None = nnx.data(None)
+        self.lora_b: LoRA | None = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        y_tO = _ragged(x_tI, self.w[...], sizes_E)
+        if self.lora_a is None:
+            return y_tO
+        if key is not None and self.lora_dropout > 0:
+            x_tI = _dropout(x_tI, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
+        h_tR = checkpoint_name(_ragged(x_tI, self.lora_a[...].astype(x_tI.dtype), sizes_E), "lora_h")
+        delta_tO = _ragged(h_tR, self.lora_b[...].astype(x_tI.dtype), sizes_E)
+        return y_tO + delta_tO * jnp.asarray(self.lora_scale, x_tI.dtype)
+
+
+def _ragged(x_tI: jax.Array, w_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x_tI, w_EOI.swapaxes(1, 2), sizes_E)
 
 
 def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

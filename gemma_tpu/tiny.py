@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layout in which Google publishes Gemma 4: real files, small only in size.
+"""Tiny random checkpoints in the layout in which Google publishes Gemma 3 and 4: real files, small only in size.
 
 Every tensor is random, norms and scales too, so that no branch of the model is an identity and a loader or a
 merge that mixes two tensors up cannot pass by luck. The scales are chosen so that the model trains from here.
@@ -15,13 +15,14 @@ from typing import Any
 
 from gemma_tpu.assets import BUNDLED
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.tiny_config import GENERATION, TinyDims, model_config
+from gemma_tpu.tiny_archs import ARCHS, TinyArch, TinyDims
+from gemma_tpu.tiny_config import GENERATION, model_config
 from gemma_tpu.tiny_tokenizer import write_tokenizer
 from gemma_tpu.tiny_weights import tensor_shapes, write_weights
 
 DTYPES = ("bfloat16", "float32")
-ARCHS = {"gemma4-31b": TinyDims()}
 TEXTS = ("base.jsonl", "train.jsonl")
+EMPTY_THOUGHT = r"<|channel>thought\n<channel|>"  # as the bundled template spells it
 
 
 def write_tiny(
@@ -37,24 +38,25 @@ def write_tiny(
 ) -> Path:
     """Writes a random checkpoint of `arch` to the folder `out` and returns it; the same seed, the same bytes.
 
-    `dims` are fields of TinyDims. `text_only` writes the layout of Gemma4ForCausalLM, without vision tensors.
+    `dims` are fields of TinyDims. `text_only` writes the layout of the …ForCausalLM class, which has no towers.
     The tokenizer is trained on `texts`, by default on the conversations bundled with the package.
     """
     from safetensors import SafetensorError
 
     out = Path(out)
     sizes = _check(out, arch, dtype, dims)
+    row = ARCHS[arch]
     out.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and renamed: a run that dies leaves no half checkpoint under the user's name.
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         work.chmod(0o755)
-        _write_json(work / "config.json", model_config(sizes, dtype, text_only))
+        _write_json(work / "config.json", model_config(sizes, dtype, text_only, arch))
         _write_json(work / "generation_config.json", GENERATION)
-        write_weights(work, tensor_shapes(sizes, text_only), seed, dtype)
+        write_weights(work, tensor_shapes(sizes, text_only, arch), seed, dtype, row.family.is_gemma3)
         if tokenizer:
-            write_tokenizer(work, _bundled_texts() if texts is None else texts, sizes.vocab)
-            shutil.copyfile(BUNDLED / "chat_template.jinja", work / "chat_template.jinja")
+            write_tokenizer(work, _bundled_texts() if texts is None else texts, sizes.vocab, row.family.words)
+            (work / "chat_template.jinja").write_text(_chat_template(row), encoding="utf-8")
         os.replace(work, out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: the checkpoint could not be written ({error})") from error
@@ -77,29 +79,23 @@ def _check(out: Path, arch: str, dtype: str, dims: dict[str, int]) -> TinyDims:
     if unknown:
         wrong.append(f"unknown sizes {', '.join(unknown)}: known are {', '.join(known)}")
     for name in dims:
-        if name in known and (not isinstance(dims[name], int) or dims[name] < 1):
-            wrong.append(f"{name} is {dims[name]!r}: it must be a positive integer")
+        least = 0 if name in known and getattr(TinyDims, name) == 0 else 1
+        if name in known and (not isinstance(dims[name], int) or dims[name] < least):
+            wrong.append(f"{name} is {dims[name]!r}: it must be an integer of at least {least}")
+    if arch in ARCHS and (useless := [name for name in dims if name in known and ARCHS[arch].lacks(name)]):
+        wrong.append(f"{arch} has no {', '.join(useless)}: leave it out")
     if wrong:
         raise UserError("\n".join(wrong))
-    sizes = replace(ARCHS[arch], **dims)
-    rules = {  # rule: does it hold
-        f"layers ({sizes.layers}) must be a multiple of pattern + 1 ({sizes.pattern + 1})": (
-            sizes.layers % (sizes.pattern + 1) == 0
-        ),
-        f"heads ({sizes.heads}) must be a multiple of kv_heads ({sizes.kv_heads})": (
-            sizes.heads % sizes.kv_heads == 0
-        ),
-        f"heads ({sizes.heads}) must be a multiple of global_kv_heads ({sizes.global_kv_heads})": (
-            sizes.heads % sizes.global_kv_heads == 0
-        ),
-        # The proportional rotation turns a quarter of the pairs of a global head.
-        f"head_dim ({sizes.head_dim}) must be even": sizes.head_dim % 2 == 0,
-        f"global_head_dim ({sizes.global_head_dim}) must be a multiple of 8": sizes.global_head_dim % 8 == 0,
-    }
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
+    sizes = replace(ARCHS[arch].dims, **dims)
+    if broken := ARCHS[arch].broken_rules(sizes):
         raise UserError("\n".join(broken))
     return sizes
+
+
+def _chat_template(row: TinyArch) -> str:
+    """The family's template; Gemma 4's is that of 31B, whose generation prompt the smallest sizes have in part."""
+    text = (BUNDLED / row.family.template).read_text(encoding="utf-8").replace("Gemma 4 31B", row.title)
+    return text if row.empty_thought else text.replace(EMPTY_THOUGHT, "")
 
 
 def _bundled_texts() -> Iterator[str]:

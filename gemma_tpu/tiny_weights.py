@@ -10,24 +10,33 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_tpu.tiny_config import VISION, TinyDims
+from gemma_tpu.tiny_archs import ARCHS, TinyArch, TinyDims
+from gemma_tpu.tiny_towers import BOUNDS, GEMMA4_NORMS, Shape
 
 SHARDS = 3
-NORMS = [f"{place}_layernorm" for place in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
-Shape = tuple[int, ...]
 
 
-def tensor_shapes(sizes: TinyDims, text_only: bool) -> dict[str, Shape]:
-    """Name and shape of every tensor, as Gemma4ForConditionalGeneration (Gemma4ForCausalLM) saves them."""
-    prefix = "model." if text_only else "model.language_model."
-    text = {"embed_tokens.weight": (sizes.vocab, sizes.hidden), "norm.weight": (sizes.hidden,)}
+def tensor_shapes(sizes: TinyDims, text_only: bool = False, arch: str = "gemma4-31b") -> dict[str, Shape]:
+    """Name and shape of every tensor of the published files, or of the class that has no towers."""
+    row = ARCHS[arch]
+    text_only = text_only or not row.towers
+    prefix = "model." if text_only else row.family.prefix
+    text: dict[str, Shape] = {"embed_tokens.weight": (sizes.vocab, sizes.hidden), "norm.weight": (sizes.hidden,)}
+    if width := sizes.per_layer_input:
+        text |= {
+            "embed_tokens_per_layer.weight": (sizes.vocab, sizes.layers * width),
+            "per_layer_model_projection.weight": (sizes.layers * width, sizes.hidden),
+            "per_layer_projection_norm.weight": (width,),
+        }
     for layer in range(sizes.layers):
-        text |= {f"layers.{layer}.{name}": shape for name, shape in _layer(sizes, layer).items()}
+        text |= {f"layers.{layer}.{name}": shape for name, shape in _layer(row, sizes, layer).items()}
     shapes = {prefix + name: shape for name, shape in text.items()}
-    return shapes if text_only else shapes | _vision(sizes.hidden)
+    for tower in () if text_only else row.towers:
+        shapes |= tower.shapes(sizes.hidden)
+    return shapes
 
 
-def write_weights(folder: Path, shapes: dict[str, Shape], seed: int, dtype: str) -> None:
+def write_weights(folder: Path, shapes: dict[str, Shape], seed: int, dtype: str, gemma3: bool = False) -> None:
     """Writes the tensors in three shards with an index, as the hub has them."""
     from ml_dtypes import bfloat16
     from safetensors.numpy import save_file
@@ -41,7 +50,7 @@ def write_weights(folder: Path, shapes: dict[str, Shape], seed: int, dtype: str)
     for i in range(SHARDS):
         file = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         shard = {
-            name: _random(name, shapes[name], seed).astype(numpy_dtype)
+            name: np.asarray(_random(name, shapes[name], seed, gemma3), numpy_dtype)
             for name in names[cuts[i] : cuts[i + 1]]
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -52,67 +61,68 @@ def write_weights(folder: Path, shapes: dict[str, Shape], seed: int, dtype: str)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _layer(sizes: TinyDims, layer: int) -> dict[str, Shape]:
-    """One decoder layer. Global layers have their own head size, and no v_proj: their V is their K."""
-    is_global = sizes.is_global(layer)
-    head_dim = sizes.global_head_dim if is_global else sizes.head_dim
-    kv = (sizes.global_kv_heads if is_global else sizes.kv_heads) * head_dim
+def _layer(row: TinyArch, sizes: TinyDims, layer: int) -> dict[str, Shape]:
+    """One decoder layer. Those that share keys and values have their own in the published files all the same."""
+    kv_heads, head_dim = row.kv_shape(sizes, layer)
+    hidden, queries, kv, mlp = sizes.hidden, sizes.heads * head_dim, kv_heads * head_dim, row.mlp(sizes, layer)
     shapes: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (sizes.heads * head_dim, sizes.hidden),
-        "self_attn.k_proj.weight": (kv, sizes.hidden),
-        "self_attn.v_proj.weight": (kv, sizes.hidden),
-        "self_attn.o_proj.weight": (sizes.hidden, sizes.heads * head_dim),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
         "self_attn.q_norm.weight": (head_dim,),
         "self_attn.k_norm.weight": (head_dim,),
-        "mlp.gate_proj.weight": (sizes.mlp, sizes.hidden),
-        "mlp.up_proj.weight": (sizes.mlp, sizes.hidden),
-        "mlp.down_proj.weight": (sizes.hidden, sizes.mlp),
-        "layer_scalar": (1,),
-    }
-    if is_global:
+        "mlp.gate_proj.weight": (mlp, hidden),
+        "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+    } | {f"{norm}.weight": (hidden,) for norm in GEMMA4_NORMS}
+    if row.k_eq_v and sizes.is_global(layer):
         del shapes["self_attn.v_proj.weight"]
-    return shapes | {f"{norm}.weight": (sizes.hidden,) for norm in NORMS}
+    if not row.family.is_gemma3:
+        shapes["layer_scalar"] = (1,)
+    if width := sizes.per_layer_input:
+        shapes |= {
+            "per_layer_input_gate.weight": (width, hidden),
+            "per_layer_projection.weight": (hidden, width),
+            "post_per_layer_input_norm.weight": (hidden,),
+        }
+    if count := sizes.experts:
+        shapes |= {
+            "router.proj.weight": (count, hidden),
+            "router.scale": (hidden,),
+            "router.per_expert_scale": (count,),
+            "experts.gate_up_proj": (count, 2 * sizes.expert_mlp, hidden),
+            "experts.down_proj": (count, hidden, sizes.expert_mlp),
+            "post_feedforward_layernorm_1.weight": (hidden,),
+            "pre_feedforward_layernorm_2.weight": (hidden,),
+            "post_feedforward_layernorm_2.weight": (hidden,),
+        }
+    return shapes
 
 
-def _vision(text_hidden: int) -> dict[str, Shape]:
-    hidden, mlp, head_dim = VISION["hidden_size"], VISION["intermediate_size"], VISION["head_dim"]
-    heads, kv = VISION["num_attention_heads"] * head_dim, VISION["num_key_value_heads"] * head_dim
-    layer: dict[str, Shape] = {
-        "self_attn.q_proj.linear.weight": (heads, hidden),
-        "self_attn.k_proj.linear.weight": (kv, hidden),
-        "self_attn.v_proj.linear.weight": (kv, hidden),
-        "self_attn.o_proj.linear.weight": (hidden, heads),
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
-        "mlp.gate_proj.linear.weight": (mlp, hidden),
-        "mlp.up_proj.linear.weight": (mlp, hidden),
-        "mlp.down_proj.linear.weight": (hidden, mlp),
-    } | {f"{norm}.weight": (hidden,) for norm in NORMS}
-    tower = {
-        "std_bias": (hidden,),
-        "std_scale": (hidden,),
-        "patch_embedder.position_embedding_table": (2, VISION["position_embedding_size"], hidden),
-        "patch_embedder.input_proj.weight": (hidden, 3 * VISION["patch_size"] ** 2),
-    }
-    for i in range(VISION["num_hidden_layers"]):
-        tower |= {f"encoder.layers.{i}.{name}": shape for name, shape in layer.items()}
-    named = {f"model.vision_tower.{name}": shape for name, shape in tower.items()}
-    return named | {"model.embed_vision.embedding_projection.weight": (text_hidden, hidden)}
-
-
-def _random(name: str, shape: Shape, seed: int) -> np.ndarray:
+def _random(name: str, shape: Shape, seed: int, gemma3: bool) -> np.ndarray:
     """The values depend on seed and name alone: both layouts of one seed hold the same text tower."""
-    key = zlib.crc32(name.removeprefix("model.").removeprefix("language_model.").encode())
-    normal = np.random.Generator(np.random.PCG64([seed, key])).standard_normal(shape, dtype=np.float32)
+    short = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(short.encode())]))
+    normal = generator.standard_normal(shape, dtype=np.float32)
     if name.endswith("layer_scalar"):
         return 0.75 + 0.25 * np.tanh(normal)  # between 0.5 and 1
+    if name.endswith(BOUNDS):
+        return (normal + 8) * np.float32(-1 if name.endswith("min") else 1)  # wide: few activations are clipped
+    if name.endswith(".bias"):
+        return 0.1 * normal
+    if name.endswith("router.proj.weight"):
+        return normal  # the router divides by sqrt(hidden) itself; even scores would make the choice a matter of noise
+    if len(shape) != 1:
+        # Also right for the embedding: the model multiplies it by sqrt(hidden), and reads logits with it.
+        inside = np.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+        return normal * np.float32(inside**-0.5)
+    scale = 1 + 0.1 * normal
     if name.endswith(("q_norm.weight", "k_norm.weight")):
-        # The attention scale is 1: with norms of 1 the scores would have a deviation of sqrt(head_dim).
-        return (1 + 0.1 * normal) * np.float32(shape[0] ** -0.25)
-    if "post_" in name and len(shape) == 1:
+        # Where the attention scale is 1, norms of 1 would give the scores a deviation of sqrt(head_dim).
+        scale = scale if gemma3 else scale * np.float32(shape[0] ** -0.25)
+    elif "post_" in name:
         # Each branch starts as the smaller part of the residual stream, which trains faster from random weights.
-        return 0.4 * (1 + 0.1 * normal)
-    if len(shape) == 1:
-        return 1 + 0.1 * normal
-    # Also right for the embedding: the model multiplies it by sqrt(hidden), and reads logits with it.
-    return normal * np.float32(shape[-1] ** -0.5)
+        scale = 0.4 * scale
+    # Gemma 3's own norms multiply by 1 + weight; those of its vision tower do not.
+    return scale - 1 if gemma3 and not name.startswith("vision_tower.") else scale

@@ -4,7 +4,11 @@ Our weights keep the checkpoint's (out, in) order with the out and in dims spell
 reshape: an entry says which tensor of the checkpoint is which slice [repeat] or [repeat, K or V] of which variable.
 """
 
+import math
+import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +19,10 @@ from jax.sharding import NamedSharding
 from gemma_tpu.errors import UserError
 from gemma_tpu.shards import Checkpoint
 from gemma_tpu.variants import Architecture, Layer
+
+STORED = ("bfloat16", "float32", "float16", "float64")  # a quantised file needs scales that are not applied here
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # three dims in the checkpoint too: [expert, out, in]
+Bounds = tuple[tuple[int, int], ...]  # [low, high) of every dim of a variable
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Entry:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        if len(self.shape) == 1:
+        if len(self.shape) == 1 or self.hf.endswith(EXPERTS):
             return self.shape
         rows = int(np.prod(self.shape[: self.out_dims]))
         return rows, int(np.prod(self.shape[self.out_dims :]))
@@ -38,49 +46,92 @@ class Entry:
         return self.hf.removesuffix(".weight")
 
 
-# (checkpoint's name in the layer, ours, shape of the slice, out dims, index within the repeat)
-_Row = tuple[str, str, Callable[[Architecture, Layer], tuple[int, ...]], int, tuple[int, ...]]
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a decoder layer: its name in the checkpoint, ours, the shape of our slice, and when it exists."""
 
-_EVERY_LAYER: tuple[_Row, ...] = (
-    ("self_attn.q_proj.weight", "attention.q_proj.w", lambda a, n: (a.heads, n.head_dim, a.hidden), 2, ()),
-    ("self_attn.o_proj.weight", "attention.o_proj.w", lambda a, n: (a.hidden, a.heads, n.head_dim), 1, ()),
-    ("self_attn.q_norm.weight", "attention.q_norm.w", lambda a, n: (n.head_dim,), 1, ()),
-    ("self_attn.k_norm.weight", "attention.k_norm.w", lambda a, n: (n.head_dim,), 1, ()),
-    ("mlp.gate_proj.weight", "mlp.gate_proj.w", lambda a, n: (n.mlp, a.hidden), 1, ()),
-    ("mlp.up_proj.weight", "mlp.up_proj.w", lambda a, n: (n.mlp, a.hidden), 1, ()),
-    ("mlp.down_proj.weight", "mlp.down_proj.w", lambda a, n: (a.hidden, n.mlp), 1, ()),
-    ("input_layernorm.weight", "input_norm.w", lambda a, n: (a.hidden,), 1, ()),
-    ("post_attention_layernorm.weight", "post_attention_norm.w", lambda a, n: (a.hidden,), 1, ()),
-    ("pre_feedforward_layernorm.weight", "pre_mlp_norm.w", lambda a, n: (a.hidden,), 1, ()),
-    ("post_feedforward_layernorm.weight", "post_mlp_norm.w", lambda a, n: (a.hidden,), 1, ()),
-    ("layer_scalar", "layer_scalar", lambda a, n: (1,), 1, ()),
-)
+    hf: str
+    ours: str
+    shape: Callable[[Architecture, Layer], tuple[int, ...]]
+    out_dims: int = 1
+    index: tuple[int, ...] = ()  # within the repeat: which of K and V
+    when: Callable[[Architecture, Layer], bool] = lambda a, n: True
 
 
 def _kv(a: Architecture, n: Layer) -> tuple[int, ...]:
     return (n.kv_heads, n.head_dim, a.hidden)
 
 
-_K_EQ_V: tuple[_Row, ...] = (("self_attn.k_proj.weight", "attention.k_einsum.w", _kv, 2, ()),)
-_K_AND_V: tuple[_Row, ...] = (
-    ("self_attn.k_proj.weight", "attention.kv_einsum.w", _kv, 2, (0,)),
-    ("self_attn.v_proj.weight", "attention.kv_einsum.w", _kv, 2, (1,)),
-)
+def _hidden(a: Architecture, n: Layer) -> tuple[int, ...]:
+    return (a.hidden,)
+
+
+def _moe(a: Architecture, n: Layer) -> bool:
+    return n.experts is not None
+
+
+def _ple(a: Architecture, n: Layer) -> bool:
+    return a.per_layer_input > 0
+
+
+def _two(a: Architecture, n: Layer) -> bool:
+    return not n.kv_shared and not n.k_eq_v
+
+
+LAYER: tuple[Row, ...] = (
+    Row("self_attn.q_proj.weight", "attention.q_proj.w", lambda a, n: (a.heads, n.head_dim, a.hidden), 2),
+    Row("self_attn.k_proj.weight", "attention.kv_einsum.w", _kv, 2, (0,), when=_two),
+    Row("self_attn.v_proj.weight", "attention.kv_einsum.w", _kv, 2, (1,), when=_two),
+    Row("self_attn.k_proj.weight", "attention.k_einsum.w", _kv, 2, when=lambda a, n: n.k_eq_v),
+    Row("self_attn.o_proj.weight", "attention.o_proj.w", lambda a, n: (a.hidden, a.heads, n.head_dim)),
+    Row("self_attn.q_norm.weight", "attention.q_norm.w", lambda a, n: (n.head_dim,)),
+    Row("self_attn.k_norm.weight", "attention.k_norm.w", lambda a, n: (n.head_dim,), when=lambda a, n: not n.kv_shared),
+    Row("mlp.gate_proj.weight", "mlp.gate_proj.w", lambda a, n: (n.mlp, a.hidden)),
+    Row("mlp.up_proj.weight", "mlp.up_proj.w", lambda a, n: (n.mlp, a.hidden)),
+    Row("mlp.down_proj.weight", "mlp.down_proj.w", lambda a, n: (a.hidden, n.mlp)),
+    Row("input_layernorm.weight", "input_norm.w", _hidden),
+    Row("post_attention_layernorm.weight", "post_attention_norm.w", _hidden),
+    Row("pre_feedforward_layernorm.weight", "pre_mlp_norm.w", _hidden),
+    Row("post_feedforward_layernorm.weight", "post_mlp_norm.w", _hidden),
+    Row("layer_scalar", "layer_scalar", lambda a, n: (1,), when=lambda a, n: a.layer_scalar),
+    Row("router.proj.weight", "experts.router", lambda a, n: (n.experts.count, a.hidden), when=_moe),
+    Row("router.scale", "experts.router_scale", _hidden, when=_moe),
+    Row("router.per_expert_scale", "experts.expert_scale", lambda a, n: (n.experts.count,), when=_moe),
+    Row("experts.gate_up_proj", "experts.gate_up_proj.w",
+        lambda a, n: (n.experts.count, 2 * n.experts.mlp, a.hidden), 2, when=_moe),
+    Row("experts.down_proj", "experts.down_proj.w",
+        lambda a, n: (n.experts.count, a.hidden, n.experts.mlp), 2, when=_moe),
+    Row("post_feedforward_layernorm_1.weight", "dense_norm.w", _hidden, when=_moe),
+    Row("pre_feedforward_layernorm_2.weight", "pre_experts_norm.w", _hidden, when=_moe),
+    Row("post_feedforward_layernorm_2.weight", "post_experts_norm.w", _hidden, when=_moe),
+    Row("per_layer_input_gate.weight", "per_layer_gate.w", lambda a, n: (a.per_layer_input, a.hidden), when=_ple),
+    Row("per_layer_projection.weight", "per_layer_projection.w", lambda a, n: (a.hidden, a.per_layer_input), when=_ple),
+    Row("post_per_layer_input_norm.weight", "post_per_layer_norm.w", _hidden, when=_ple),
+)  # fmt: skip
+# A layer that shares keys and values has no use for its own, and published files hold them all the same.
+REDUNDANT = tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm"))
 
 
 def entries(arch: Architecture) -> Iterator[Entry]:
     """The whole table of one architecture."""
     yield Entry(f"{arch.prefix}embed_tokens.weight", "embed.w", (), (arch.vocab, arch.hidden), 1)
     yield Entry(f"{arch.prefix}norm.weight", "final_norm.w", (), (arch.hidden,), 1)
+    if arch.per_layer_input:
+        L, P = len(arch.layers), arch.per_layer_input
+        table, projection = (arch.per_layer_vocab, L, P), (L, P, arch.hidden)
+        yield Entry(f"{arch.prefix}embed_tokens_per_layer.weight", "embed_per_layer.w", (), table, 1)
+        yield Entry(f"{arch.prefix}per_layer_model_projection.weight", "embed_per_layer.projection", (), projection, 2)
+        yield Entry(f"{arch.prefix}per_layer_projection_norm.weight", "embed_per_layer.norm.w", (), (P,), 1)
     for b, block in enumerate(arch.blocks):
         for repeat in range(block.repeats):
             for slot, layer in enumerate(block.period):
                 number = block.layer_index(slot, repeat)
-                for hf, ours, shape, out_dims, index in _EVERY_LAYER + (_K_EQ_V if layer.k_eq_v else _K_AND_V):
-                    yield Entry(
-                        f"{arch.prefix}layers.{number}.{hf}", f"blocks.{b}.{slot}.{ours}",
-                        (repeat, *index), shape(arch, layer), out_dims,
-                    )  # fmt: skip
+                for row in LAYER:
+                    if row.when(arch, layer):
+                        yield Entry(
+                            f"{arch.prefix}layers.{number}.{row.hf}", f"blocks.{b}.{slot}.{row.ours}",
+                            (repeat, *row.index), row.shape(arch, layer), row.out_dims,
+                        )  # fmt: skip
 
 
 def by_path(arch: Architecture) -> dict[str, list[Entry]]:
@@ -98,47 +149,87 @@ def check(checkpoint: Checkpoint, arch: Architecture) -> None:
     for hf, entry in wanted.items():
         if hf in names and tuple(checkpoint.info(hf).shape) != entry.hf_shape:
             problems.append(f"{hf}: shape {tuple(checkpoint.info(hf).shape)}, config.json says {entry.hf_shape}")
+        if hf in names and checkpoint.info(hf).dtype.name not in STORED:
+            problems.append(f"{hf}: dtype {checkpoint.info(hf).dtype.name}, weights must be one of {', '.join(STORED)}")
     text_tower = {name for name in names if name.startswith(f"{arch.prefix}layers.")}
+    sharing = [i for i, layer in enumerate(arch.layers) if layer.kv_shared]
+    text_tower -= {f"{arch.prefix}layers.{i}.{hf}" for i in sharing for hf in REDUNDANT}
     problems += [f"{name}: not a tensor of this architecture" for name in sorted(text_tower - set(wanted))]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise UserError(f"{checkpoint.folder}: the tensors do not fit config.json:\n  {shown}")
+        raise UserError(f"{checkpoint.where}: the tensors do not fit config.json:\n  {shown}")
 
 
 def load(
     checkpoint: Checkpoint, arch: Architecture, variables: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, NamedSharding], progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """Stream the base weights onto their shards: each device's slice is read and placed, one at a time."""
+    """Stream the base weights onto the shards of this host's devices, variable by variable.
+
+    What several devices hold is read once, and so are the bytes around a column slice. `progress` gets the bytes
+    read so far, of all.
+    """
     check(checkpoint, arch)
     table = by_path(arch)
+    stored = {path: checkpoint.info(table[path][0].hf).dtype.itemsize for path in variables}
+    all_places = {path: _places(shardings[path], variable.shape) for path, variable in variables.items()}
+    total = sum(_elements(bounds) * stored[path] for path, places in all_places.items() for bounds in places)
     loaded: dict[str, jax.Array] = {}
-    for path, variable in variables.items():
-        def piece(index: tuple[slice, ...], path=path, variable=variable) -> np.ndarray:
-            return _read(checkpoint, table[path], variable, index)
-
-        loaded[path] = jax.make_array_from_callback(variable.shape, shardings[path], piece)
+    done = 0
+    with ThreadPoolExecutor(checkpoint.source.reads_at_once, "weights") as pool:
+        for path, variable in variables.items():
+            places = all_places[path]
+            shards = {bounds: _pages([high - low for low, high in bounds], variable.dtype) for bounds in places}
+            wanted = [(entry.hf, list(_slices(entry, shards))) for entry in table[path]]
+            reads = [pool.submit(checkpoint.read_slices, name, slices) for name, slices in wanted]
+            for read, (_, slices) in zip(reads, wanted, strict=True):
+                read.result()
+                done += sum(out.size for _, out in slices) * stored[path]
+                progress(done, total)
+            arrays = [jax.device_put(shards[bounds], device) for bounds, at in places.items() for device in at]
+            jax.block_until_ready(arrays)  # or the host would hold the next variable as well
+            loaded[path] = jax.make_array_from_single_device_arrays(variable.shape, shardings[path], arrays)
     return loaded
 
 
-def _read(checkpoint: Checkpoint, found: list[Entry], variable: Any, index: tuple[slice, ...]) -> np.ndarray:
-    index = tuple(slice(*s.indices(size)) for s, size in zip(index, variable.shape, strict=True))
-    out = np.empty([s.stop - s.start for s in index], variable.dtype)
-    for entry in found:
-        lead = len(entry.index)
-        if all(s.start <= i < s.stop for s, i in zip(index, entry.index, strict=False)):
-            at = tuple(i - s.start for s, i in zip(index, entry.index, strict=False))
-            out[at] = _read_slice(checkpoint, entry, index[lead:]).astype(variable.dtype)
-    return out
+def _places(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Bounds, list[jax.Device]]:
+    """The parts of a variable that this host's devices hold, each with the devices that hold it."""
+    places: dict[Bounds, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        places.setdefault(bounds, []).append(device)
+    return places
 
 
-def _read_slice(checkpoint: Checkpoint, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
-    """The slice of one entry, read as rows and columns of the checkpoint's matrix."""
-    if len(entry.shape) == 1:
-        return checkpoint.read(entry.hf)[index[0]]
-    rows = _flat(index[: entry.out_dims], entry.shape[: entry.out_dims])
-    columns = _flat(index[entry.out_dims :], entry.shape[entry.out_dims :])
-    return checkpoint.read_slice(entry.hf, (rows, columns)).reshape([s.stop - s.start for s in index])
+def _elements(bounds: Bounds) -> int:
+    return math.prod(high - low for low, high in bounds)
+
+
+def _pages(shape: list[int], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device takes over as it stands: it would copy what is aligned to less than 64 bytes.
+
+    numpy asks for huge pages, and beside a page cache full of weight files the kernel takes longer to clear room
+    for those than the read takes.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+
+
+def _slices(
+    entry: Entry, shards: Mapping[Bounds, np.ndarray]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """What the shards need of one tensor, as slices of the checkpoint's matrix, each with the array it fills."""
+    lead = len(entry.index)
+    for bounds, shard in shards.items():
+        if not all(low <= i < high for (low, high), i in zip(bounds, entry.index, strict=False)):
+            continue
+        inner = tuple(slice(low, high) for low, high in bounds[lead:])
+        if entry.hf_shape != entry.shape:
+            rows = _flat(inner[: entry.out_dims], entry.shape[: entry.out_dims])
+            inner = rows, _flat(inner[entry.out_dims :], entry.shape[entry.out_dims :])
+        part = shard[tuple(i - low for i, (low, _) in zip(entry.index, bounds, strict=False))]
+        yield inner, part.reshape([s.stop - s.start for s in inner])  # a view: the part lies in one piece
 
 
 def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
@@ -151,7 +242,7 @@ def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
 
 def lora_entries(arch: Architecture) -> dict[str, Entry]:
     """Module path of ours -> entries, for what an adapter can sit on: matrices inside layers."""
-    return {e.hf: e for e in entries(arch) if e.hf.endswith("_proj.weight")}
+    return {e.hf: e for e in entries(arch) if e.hf.endswith(("_proj.weight", *EXPERTS))}
 
 
 def split_lora(arch: Architecture, lora: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -164,9 +255,9 @@ def split_lora(arch: Architecture, lora: Mapping[str, np.ndarray]) -> dict[str, 
             continue
         a, b = lora[f"{stem}.lora_a"][entry.index], lora[f"{stem}.lora_b"][entry.index]
         used |= {f"{stem}.lora_a", f"{stem}.lora_b"}
+        *experts, out, inside = entry.hf_shape
         rank = b.shape[-1]
-        out, inside = entry.hf_shape
-        pairs[entry.hf] = (a.reshape(rank, inside), b.reshape(out, rank))
+        pairs[entry.hf] = (a.reshape(*experts, rank, inside), b.reshape(*experts, out, rank))
     unused = sorted(set(lora) - used)
     if unused:
         raise UserError("these adapter tensors belong to no weight of the base:\n  " + "\n  ".join(unused))
@@ -188,3 +279,22 @@ def join_lora(
         lora[f"{stem}.lora_a"][entry.index] = a.reshape(lora[f"{stem}.lora_a"][entry.index].shape)
         lora[f"{stem}.lora_b"][entry.index] = b.reshape(lora[f"{stem}.lora_b"][entry.index].shape)
     return lora
+
+
+def to_peft(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Adapters by the checkpoint's names -> the tensors of a PEFT adapter file.
+
+    Of a stack of experts PEFT keeps matrices: A [(expert, rank), in], B [out, (rank, expert)]. The two stacks of a
+    layer are parameters of one module, which PEFT wraps twice: gate_up_proj inside, down_proj outside. And Gemma 3's
+    multimodal files name the text tower otherwise than the class that PEFT adapts.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for hf, (a, b) in pairs.items():
+        module = re.sub(r"^language_model\.model\.", "model.language_model.", hf.removesuffix(".weight"))
+        if hf.endswith(EXPERTS):
+            inner = hf.endswith("gate_up_proj") and hf.replace("gate_up_proj", "down_proj") in pairs
+            module = module.rpartition(".")[0] + (".base_layer" if inner else "")
+            a, b = a.reshape(-1, a.shape[-1]), np.moveaxis(b, 0, -1).reshape(b.shape[1], -1)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    return tensors

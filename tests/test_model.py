@@ -28,9 +28,9 @@ from helpers import (
 )
 
 from gemma_tpu import loading, step
+from gemma_tpu.hf_config import from_config
 from gemma_tpu.loading import variables
 from gemma_tpu.projection import LoRA
-from gemma_tpu.variants import from_config
 
 TOLERANCE = 1e-4
 

@@ -15,16 +15,17 @@ PACKAGE = ROOT / "gemma_tpu"
 
 # A module imports only from those to its left.
 ORDER = """
-    errors assets schema config devices variants mesh header shards weights tokenizer rows packing corpus data
-    attention projection model lora loading loss optim step runs checkpoint metrics train adapters sampler
-    completions blas staging patch difference merging verify sandbox verilog evaluate validate
-    tiny_tokenizer tiny_config tiny_weights tiny cli
+    errors assets schema config devices variants hf_config mesh retry remote hub sources transfer header shards weights
+    sizes tokenizer rows packing corpus data attention projection model lora loading loss optim step runs checkpoint
+    metrics train adapters sampler completions blas staging stage patch difference merging verify sandbox verilog
+    evaluate validate tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = """
-    errors assets schema config devices variants header shards tokenizer rows packing corpus data runs metrics
-    blas staging patch difference sandbox verilog tiny_tokenizer tiny_config tiny_weights tiny cli
+    errors assets schema config devices variants hf_config retry remote hub sources transfer header shards tokenizer
+    rows packing corpus data runs metrics blas staging stage patch difference sandbox verilog tiny_tokenizer
+    tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}

@@ -74,7 +74,7 @@ def test_config_has_the_published_form(published):
         "num_global_key_value_heads": 4,
         "attention_k_eq_v": True,
         "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
-        "sliding_window": 64,
+        "sliding_window": 128,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
             "full_attention": {
@@ -313,7 +313,7 @@ def test_all_wrong_arguments_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         write_tiny(tmp_path / "out", arch="gemma5", dtype="int8", depth=3, hidden=0)
     for part in (
-        "arch 'gemma5' is unknown: one of gemma4-31b",
+        "arch 'gemma5' is unknown: one of gemma4-e2b, ",
         "dtype 'int8'",
         "unknown sizes depth",
         "hidden is 0",
