@@ -133,6 +133,12 @@ def tiny(args: argparse.Namespace) -> tuple[Result, int]:
     return {"out": str(out), "arch": args.arch, "seed": args.seed, "dtype": args.dtype}, 0
 
 
+def stage(args: argparse.Namespace) -> tuple[Result, int]:
+    from gemma_tpu.stage import stage
+
+    return stage(args.source, args.target, overwrite=args.overwrite, say=_say), 0
+
+
 def merge(args: argparse.Namespace) -> tuple[Result, int]:
     run = _run_folder(args.run_dir)
     from gemma_tpu.merging import merge
@@ -255,6 +261,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_configured(commands)
     _add_tiny(commands)
+    _add_stage(commands)
     _add_merge_and_verify(commands)
     _add_sample(commands)
     _add_eval(commands)
@@ -278,6 +285,15 @@ def _add_tiny(commands: Any) -> None:
     one.add_argument("--arch", choices=sorted(ARCHS), default="gemma4-31b")
     one.add_argument("--seed", type=_seed, default=0, help="the same seed writes the same bytes (0)")
     one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
+
+
+def _add_stage(commands: Any) -> None:
+    example = "gemma-tpu stage google/gemma-4-31B-it gs://bucket/gemma-4-31B-it"
+    about = "copy a checkpoint from the hub into a bucket, past the disk; goes on where it stopped"
+    one = _command(commands, "stage", stage, about, example)
+    one.add_argument("source", metavar="HUB_ID", help="org/name[@revision], a folder or a URL; HF_TOKEN for gated ones")
+    one.add_argument("target", metavar="BUCKET", help="gs://, s3:// or a folder")
+    one.add_argument("--overwrite", action="store_true", help="let files of the target be replaced")
 
 
 def _add_merge_and_verify(commands: Any) -> None:

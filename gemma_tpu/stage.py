@@ -52,7 +52,8 @@ def stage(source: str | Path, target: str | Path, *, overwrite: bool = False,
     began = time.monotonic()
     bucket = _open_target(target)
     named = "://" in restore_url(source) or Path(source).exists()
-    checkpoint = open_checkpoint(source if named else f"hf://{source}")  # its headers: an incomplete source is refused before anything is copied
+    # Its headers: an incomplete source is refused before anything is copied.
+    checkpoint = open_checkpoint(source if named else f"hf://{source}")
     origin = checkpoint.source
     licence = getattr(origin, "licence", None)
     if licence is not None:

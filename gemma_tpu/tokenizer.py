@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_tpu.errors import UserError
+from gemma_tpu.sources import local_folder
 
 Messages = list[dict[str, Any]]
 TrainOn = Literal["assistant", "last_assistant", "all"]
@@ -37,7 +38,7 @@ class Tokenizer:
     """Tokenizer and chat template of one checkpoint folder."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)  # of a remote checkpoint, its small files come here
         self._tokenizer = _load(self.folder)
         self._backend = self._tokenizer.backend_tokenizer
         # A tokenizer.json may carry the truncation of whoever saved it, and that loses ids unseen.
