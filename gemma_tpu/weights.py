@@ -118,7 +118,7 @@ def entries(arch: Architecture) -> Iterator[Entry]:
     yield Entry(f"{arch.prefix}norm.weight", "final_norm.w", (), (arch.hidden,), 1)
     if arch.per_layer_input:
         L, P = len(arch.layers), arch.per_layer_input
-        table, projection = (arch.per_layer_vocab, L, P), (L, P, arch.hidden)
+        table, projection = (arch.per_layer_vocab, L * P), (L, P, arch.hidden)
         yield Entry(f"{arch.prefix}embed_tokens_per_layer.weight", "embed_per_layer.w", (), table, 1)
         yield Entry(f"{arch.prefix}per_layer_model_projection.weight", "embed_per_layer.projection", (), projection, 2)
         yield Entry(f"{arch.prefix}per_layer_projection_norm.weight", "embed_per_layer.norm.w", (), (P,), 1)
