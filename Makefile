@@ -36,7 +36,7 @@ demo: .venv/.core ## train, merge, verify and evaluate; without iverilog the hel
 	$(BIN)/python recipes/evaluate.py $(RUN)
 
 test: check ## lint and tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)

@@ -48,11 +48,12 @@ def validate(config: Config) -> Findings:
         found.checked.append(f"recipe: {recipe}")
     folder = Path(config.model.path)
     model = tokenizer = None
-    if folder.exists():
+    there = "://" in config.model.path or folder.exists()
+    if there:
         model = found.attempt(lambda: _model(found, config), "model.path")
-        tokenizer = found.attempt(lambda: Tokenizer(folder), "model.path")
+        tokenizer = found.attempt(lambda: Tokenizer(config.model.path), "model.path")
     if model is None:
-        why = "cannot be used" if folder.exists() else "is not there"
+        why = "cannot be used" if there else "is not there"
         found.not_checked.append(f"heads over mesh.tp, LoRA targets, shardings: model.path {folder} {why}")
     if tokenizer is None:
         found.not_checked.append(f"how the rows render: no tokenizer in model.path {folder}")

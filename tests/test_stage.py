@@ -1,8 +1,10 @@
 """stage: what arrives is what the hub vouches for, a second call goes on, and nothing of the user's is replaced."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -254,3 +256,37 @@ def test_the_disk_is_not_touched(hub, files, monkeypatch):
     stage(hub.repo, "memory://bucket/model")
     assert not [path for path, mode in opened if set(mode) & set("wax+")]
     fsspec.filesystem("memory").store.clear()
+
+
+class ObjectStore:
+    """What gcsfs and s3fs do: an object is there from commit() on, and discard() drops what was uploaded of it."""
+
+    protocol = ("gs", "gcs")
+
+    def __init__(self, discard_fails: bool = False):
+        self.objects, self.calls, self._fails = {}, [], discard_fails
+
+    def open(self, path, mode, block_size, autocommit):
+        assert (mode, autocommit) == ("wb", False)
+        upload = io.BytesIO()
+        upload.close = lambda: self.calls.append("close")
+        upload.commit = lambda: self.objects.update({path: upload.getvalue()})
+        upload.discard = self.discard
+        return upload
+
+    def discard(self):
+        self.calls.append("discard")
+        if self._fails:
+            raise OSError("501")
+
+
+def test_an_upload_to_an_object_store_is_committed_whole_or_discarded(capsys):
+    for store in (ObjectStore(), ObjectStore(discard_fails=True)):
+        bucket = SimpleNamespace(fs=store, path=lambda name: f"bucket/{name}")
+        with stage_module._writing(bucket, "whole") as out:
+            out.write(b"all of it")
+        with pytest.raises(KeyboardInterrupt), stage_module._writing(bucket, "half") as out:
+            out.write(b"half")
+            raise KeyboardInterrupt
+        assert store.objects == {"bucket/whole": b"all of it"} and store.calls == ["close", "discard"]
+    assert "bucket/half: its unfinished upload could not be cancelled (OSError: 501)" in capsys.readouterr().err
