@@ -189,7 +189,7 @@ def test_validate_says_what_is_right(run, model):
     code, out, err = run("validate", "tiny_cpu.yaml", f"model.path={model}", "mesh.fsdp=2", "mesh.tp=2", "--json")
     found = json.loads(out)
     assert code == 0 and found["ok"] and not found["problems"] and not found["not_checked"]
-    for words in ("6 layers", "needs 4 devices", "276,480 parameters", "100 first rows render", "every tensor fits"):
+    for words in ("6 layers", "needs 4 devices", "495,616 parameters", "100 first rows render", "every tensor fits"):
         assert words in err
 
 
@@ -200,7 +200,7 @@ def test_validate_finds_all_that_is_wrong_at_once(run, model, tmp_path):
     )  # fmt: skip
     problems = json.loads(out)["problems"]
     assert code == 2 and len(problems) == 5
-    for words in ("nix.py: no such file", "tp=8 = 8, but there are 4 devices", "does not divide the 4 local KV heads",
+    for words in ("nix.py: no such file", "tp=8 = 8, but there are 4 devices", "does not divide the 4 query heads",
                   "lora.targets leaves out projections", "data.validation: "):  # fmt: skip
         assert sum(words in problem for problem in problems) == 1, words
 
