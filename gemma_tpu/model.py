@@ -272,9 +272,10 @@ class Decoder(nnx.Module):
         return softcap(logits_BTV, self.arch.logit_softcap)
 
     def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None, *, key=None, remat: Remat = "none"):
-        tokens_BT = jnp.asarray(tokens_BT)
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        segment_ids_BT = jnp.asarray(segment_ids_BT, jnp.int32)
         if positions_BT is None:
             positions_BT = restart_positions(segment_ids_BT)
         ctx = Context(segment_ids_BT, positions_BT, segment_ids_BT, None)
