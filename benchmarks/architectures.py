@@ -49,7 +49,8 @@ def main() -> None:
         checkpoint = arch_helper.checkpoints(Path(folder))
         for name in names:
             print(f"{name:<20}" + "".join(f"{cell:>11}" for cell in row(checkpoint(name), name)), flush=True)
-        print("\non fake meshes against one device: logits, loss, adapter gradients  (limit 1e-5)")
+        print("\non fake meshes against one device: logits over max |logit|, loss, gradients (limit 1e-5 each) and\n"
+              "gradients, relative (limit 1e-4)")  # fmt: skip
         for name in (name for name in names if name in MESHES):
             on_meshes(checkpoint(name), name)
     print(f"{time.monotonic() - began:.0f} s")
@@ -75,7 +76,7 @@ def on_meshes(folder: Path, name: str) -> None:
     wanted = arch_helper.run_on_mesh(folder, {}, experts)
     for shape in MESHES[name]:
         found = arch_helper.run_on_mesh(folder, shape, experts)
-        differences = [helpers.largest_difference(a, b) for a, b in zip(found, wanted, strict=True)]
+        differences = arch_helper.mesh_differences(found, wanted)
         told = " ".join(f"{axis}={size}" for axis, size in shape.items())
         print(f"  {name:<16} {told:<18}" + "".join(f"{x:>10.1e}" for x in differences), flush=True)
 

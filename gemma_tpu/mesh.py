@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tp",),
     "experts": ("expert",),
     "vocab": ("tp",),
+    "per_layer_vocab": ("fsdp", "tp"),  # its other dim holds every layer side by side: splitting it would mix them
     # activations: rows over data and fsdp, and the residual stream over tp along the sequence between the matmuls
     "batch": ("data", "fsdp"),
     "seq": ("tp",),

@@ -233,7 +233,7 @@ class PerLayerEmbedding(nnx.Module):
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype):
         L, P, D = len(arch.layers), arch.per_layer_input, arch.hidden
-        self.w = Base(jax.ShapeDtypeStruct((arch.per_layer_vocab, L * P), dtype), axes=("vocab", "embed"))
+        self.w = Base(jax.ShapeDtypeStruct((arch.per_layer_vocab, L * P), dtype), axes=("per_layer_vocab", None))
         self.projection = Base(jax.ShapeDtypeStruct((L, P, D), dtype), axes=(None, None, "embed"))
         self.norm = Norm(arch, P, None, dtype)
         self.token_scale, self.root = P**0.5, D**-0.5
