@@ -1,22 +1,27 @@
 """Times loading onto eight fake devices against reading the same bytes with safetensors alone, and its memory.
 
-    python benchmarks/load.py [--gb 4] [--folder /tmp] [--rounds 3] [--mesh fsdp=8 fsdp=2,tp=4 data=8]
+    python benchmarks/load.py [--model dense|experts] [--gb 4] [--folder /tmp] [--rounds 3] [--mesh fsdp=8 …]
 
-Makes a random bfloat16 checkpoint with Gemma 4's layers and loads it on each mesh. fsdp splits the columns of
-most matrices, tp their rows, data leaves them whole on every device. Each case runs in a process of its own,
-the files are in the page cache for all of them, and the rounds take turns; cpu s is what a busy machine does not
-blur. Peak memory is what the process had resident at most, less what it had before and less the parameters
-themselves (counted once). Removes what it made.
+Makes a random bfloat16 checkpoint with the layers of Gemma 4 31B or 26B-A4B and loads it on each mesh. fsdp splits
+the columns of most matrices, tp their rows, data leaves them whole on every device. CPU devices take over the memory
+that was read; `pieces` goes the way of accelerators, which have memory of their own: read in pieces, copied, and put
+together on the devices. Each case runs in a process of its own, the files are in the page cache for all of them, and
+the rounds take turns; cpu s is what a busy machine does not blur. Memory is what the process had resident at most,
+less what it had before and less the parameters themselves (counted once); for `pieces`, where an accelerator would
+hold the parameters, it is what lay in the host's buffers at most. Removes what it made.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,19 +31,29 @@ from safetensors.numpy import save_file
 from gemma_tpu import hf_config, shards, weights
 
 DEVICES = 8
-CONFIG = {
+DENSE = {
     "model_type": "gemma4_text", "vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 10240,
     "num_attention_heads": 16, "head_dim": 256, "global_head_dim": 512, "num_key_value_heads": 8,
     "num_global_key_value_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
-PER_LAYER_GB = 0.226
+# One period of 5 local layers and a global one: a variable of five experts' tensors, as in 26B-A4B.
+EXPERTS = DENSE | {
+    "hidden_size": 2816, "intermediate_size": 2112, "num_global_key_value_heads": 2, "num_hidden_layers": 6,
+    "enable_moe_block": True, "moe_intermediate_size": 704, "top_k_experts": 8,
+}  # fmt: skip
+LAYER_GB, EXPERT_GB = 0.226, 0.072  # of a dense layer; of one expert in all six layers
+MESHES = ["fsdp=8", "fsdp=2,tp=4", "data=8", "fsdp=8,pieces", "fsdp=2,tp=4,pieces"]
 
 
-def make(folder: Path, gb: float) -> None:
-    embed_gb = 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"] / 1e9
-    periods = max(1, round((gb - embed_gb) / PER_LAYER_GB / 6))
-    config = CONFIG | {"num_hidden_layers": 6 * periods}
+def config_of(model: str, gb: float) -> dict[str, Any]:
+    if model == "experts":
+        return EXPERTS | {"num_experts": 8 * max(1, round((gb - 0.8) / EXPERT_GB / 8))}
+    embed_gb = 2 * DENSE["vocab_size"] * DENSE["hidden_size"] / 1e9
+    return DENSE | {"num_hidden_layers": 6 * max(1, round((gb - embed_gb) / LAYER_GB / 6))}
+
+
+def make(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     weight_map, part, number = {}, {}, 0
@@ -69,11 +84,33 @@ def child_safetensors(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "gb": sum(array.nbytes for array in kept.values()) / 1e9}
 
 
-def child_load(folder: Path, sizes: dict[str, int]) -> dict[str, float]:
+class Copied:
+    """Buffers that a CPU device copies, as accelerators do, since they are not aligned; and how much of them lives."""
+
+    def __init__(self, streaming: Any):
+        self.live = self.peak = 0
+        self._pages, streaming._pages, streaming.TAKES_OVER = streaming._pages, self.pages, frozenset()
+
+    def pages(self, shape: list[int], dtype: Any) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        owner = self._pages([16 + size], np.dtype(np.uint8))
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(owner, self.free, size)
+        return owner[16:].view(dtype).reshape(shape)
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
+def child_load(folder: Path, sizes: dict[str, int], pieces: bool) -> dict[str, float]:
     import jax
 
-    from gemma_tpu import loading, mesh
+    from gemma_tpu import loading, mesh, streaming
 
+    copied = Copied(streaming) if pieces else None
     model, checkpoint = loading.build(folder, dtype="bfloat16")
     shardings, _ = loading.place(model, mesh.build(sizes))
     jax.block_until_ready(jax.device_put(np.zeros(3), jax.devices()[-1]))
@@ -83,7 +120,7 @@ def child_load(folder: Path, sizes: dict[str, int]) -> dict[str, float]:
     loading.load_base(model, checkpoint, shardings)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     parameters = checkpoint.total_bytes / 1e6
-    beyond = status_mb("VmHWM") - before - parameters
+    beyond = copied.peak / 1e6 if copied else status_mb("VmHWM") - before - parameters
     return {"seconds": seconds, "cpu": cpu, "gb": parameters / 1e3, "beyond_mb": beyond}
 
 
@@ -97,20 +134,22 @@ def run(case: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["dense", "experts"], default="dense")
     parser.add_argument("--gb", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "fsdp=2,tp=4", "data=8"])
+    parser.add_argument("--mesh", nargs="+", default=MESHES)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        sizes = {axis: int(n) for axis, _, n in (part.partition("=") for part in options.child.split(",")) if n}
-        found = child_load(options.folder, sizes) if sizes else child_safetensors(options.folder)
+        words = options.child.split(",")
+        sizes = {axis: int(n) for axis, _, n in (word.partition("=") for word in words) if n}
+        found = child_load(options.folder, sizes, "pieces" in words) if sizes else child_safetensors(options.folder)
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         folder = Path(made)
-        make(folder, options.gb)
+        make(folder, config_of(options.model, options.gb))
         checkpoint = shards.open_checkpoint(folder)
         largest = 2 * max(checkpoint.info(name).size for name in checkpoint.names()) / 1e6
         cases = ["safetensors", *options.mesh]
@@ -118,12 +157,12 @@ def main() -> None:
     print(f"{rounds[0]['safetensors']['gb']:.2f} GB in bfloat16 onto {DEVICES} fake devices, {os.cpu_count()} cores, "
           f"{options.rounds} rounds; largest tensor {largest:.0f} MB, so at most {2 * largest + 400:.0f} MB may be "
           "held beyond the parameters")  # fmt: skip
-    print(f"{'case':<14}{'best s':>8}{'GB/s':>7}{'x safetensors':>15}{'cpu s':>8}{'x':>6}{'MB beyond':>11}")
+    print(f"{'case':<20}{'best s':>8}{'GB/s':>7}{'x safetensors':>15}{'cpu s':>8}{'x':>6}{'MB beyond':>11}")
     alone = {key: min(found["safetensors"][key] for found in rounds) for key in ("seconds", "cpu")}
     for case in cases:
         best = {key: min(found[case][key] for found in rounds) for key in ("seconds", "cpu")}
         beyond = [f"{found[case]['beyond_mb']:.0f}" for found in rounds if "beyond_mb" in found[case]]
-        print(f"{case:<14}{best['seconds']:>8.2f}{rounds[0][case]['gb'] / best['seconds']:>7.2f}"
+        print(f"{case:<20}{best['seconds']:>8.2f}{rounds[0][case]['gb'] / best['seconds']:>7.2f}"
               f"{best['seconds'] / alone['seconds']:>15.2f}{best['cpu']:>8.2f}{best['cpu'] / alone['cpu']:>6.2f}"
               f"{max(beyond, key=int, default=''):>11}")  # fmt: skip
 

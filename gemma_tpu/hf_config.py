@@ -31,15 +31,16 @@ class Family:
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False,),
+    "attention_dropout": (0.0,),
     "attn_logit_softcapping": (None,),
     "use_bidirectional_attention": (None, False, "vision"),
     "tie_word_embeddings": (True,),
 }
 _COMMON: dict[str, Any] = {
-    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
-    "use_bidirectional_attention": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
-    "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "head_dim": 256, "final_logit_softcapping": None, "max_position_embeddings": 131072,
+    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "use_bidirectional_attention": None, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6, "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": None, "max_position_embeddings": 131072,
 }  # fmt: skip
 _GEMMA4: dict[str, Any] = _COMMON | {
     "vocab_size": 262144, "num_hidden_layers": 30, "sliding_window": 512, "global_head_dim": 512,
@@ -89,7 +90,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     ]
     if family.multimodal and config.get("tie_word_embeddings") is False:
         problems.append("tie_word_embeddings is False; only True is implemented")
-    problems += _wrong_numbers(text)
+    problems += _wrong_numbers(text) + _wrong_overrides(text)
     if problems:
         raise UserError("config.json: " + "; ".join(problems))
     kinds, ropes = _layer_kinds(text), _ropes(text, family)
@@ -112,6 +113,7 @@ _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
 )  # fmt: skip
+_PER_LAYER = ("head_dim", "num_key_value_heads")
 _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 
 
@@ -125,6 +127,16 @@ def _wrong_numbers(text: Text) -> list[str]:
     if not wrong and not 0 <= shared < text["num_hidden_layers"]:
         wrong.append(f"num_kv_shared_layers is {shared}; it must be less than num_hidden_layers")
     return wrong
+
+
+def _wrong_overrides(text: Text) -> list[str]:
+    """What differs for a single layer, and is nothing that a layer can have of its own here."""
+    return [
+        f"per_layer_config.{number}.{key} is {value!r}; a layer may have its own {' and '.join(_PER_LAYER)} only"
+        for number, layer in (text.get("per_layer_config") or {}).items()
+        for key, value in layer.items()
+        if key not in _PER_LAYER and value != text.get(key)
+    ]
 
 
 def _check_shared(text: Text, kinds: list[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_tpu import hf_config, variants, weights
+from gemma_tpu import hf_config, streaming, variants
 from gemma_tpu import mesh as meshes
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import Base
@@ -49,7 +49,8 @@ def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[
         axes = variable.get_metadata()["axes"]
         tensors.append(meshes.Tensor(path, tuple(variable.shape), axes, variable.dtype.itemsize))
         specs[path] = meshes.spec_for(axes, mesh)
-    whole = frozenset({"kv_heads"}) if replicate_kv else frozenset()
+    # A rank that fsdp does not divide leaves an adapter tensor whole: small beside the base, and said.
+    whole = frozenset({"rank", "kv_heads"} if replicate_kv else {"rank"})
     fixed, fixes = meshes.fix_specs(tensors, specs, mesh, whole)
     return meshes.shardings(mesh, fixed), fixes
 
@@ -57,7 +58,7 @@ def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[
 def load_base(model: Decoder, checkpoint: Checkpoint, shardings: Mapping[str, NamedSharding]) -> None:
     shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in variables(model, Base).items()}
     with Transfer("weights", checkpoint.source) as transfer:
-        assign(model, weights.load(checkpoint, model.arch, shapes, shardings, transfer.update))
+        assign(model, streaming.load(checkpoint, model.arch, shapes, shardings, transfer.update))
 
 
 def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:

@@ -4,17 +4,11 @@ Our weights keep the checkpoint's (out, in) order with the out and in dims spell
 reshape: an entry says which tensor of the checkpoint is which slice [repeat] or [repeat, K or V] of which variable.
 """
 
-import math
-import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.shards import Checkpoint
@@ -22,7 +16,6 @@ from gemma_tpu.variants import Architecture, Layer
 
 STORED = ("bfloat16", "float32", "float16", "float64")  # a quantised file needs scales that are not applied here
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # three dims in the checkpoint too: [expert, out, in]
-Bounds = tuple[tuple[int, int], ...]  # [low, high) of every dim of a variable
 
 
 @dataclass(frozen=True)
@@ -158,86 +151,6 @@ def check(checkpoint: Checkpoint, arch: Architecture) -> None:
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise UserError(f"{checkpoint.where}: the tensors do not fit config.json:\n  {shown}")
-
-
-def load(
-    checkpoint: Checkpoint, arch: Architecture, variables: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, NamedSharding], progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, jax.Array]:  # fmt: skip
-    """Stream the base weights onto the shards of this host's devices, variable by variable.
-
-    What several devices hold is read once, and so are the bytes around a column slice. `progress` gets the bytes
-    read so far, of all.
-    """
-    check(checkpoint, arch)
-    table = by_path(arch)
-    stored = {path: checkpoint.info(table[path][0].hf).dtype.itemsize for path in variables}
-    all_places = {path: _places(shardings[path], variable.shape) for path, variable in variables.items()}
-    total = sum(_elements(bounds) * stored[path] for path, places in all_places.items() for bounds in places)
-    loaded: dict[str, jax.Array] = {}
-    done = 0
-    with ThreadPoolExecutor(checkpoint.source.reads_at_once, "weights") as pool:
-        for path, variable in variables.items():
-            places = all_places[path]
-            shards = {bounds: _pages([high - low for low, high in bounds], variable.dtype) for bounds in places}
-            wanted = [(entry.hf, list(_slices(entry, shards))) for entry in table[path]]
-            reads = [pool.submit(checkpoint.read_slices, name, slices) for name, slices in wanted]
-            for read, (_, slices) in zip(reads, wanted, strict=True):
-                read.result()
-                done += sum(out.size for _, out in slices) * stored[path]
-                progress(done, total)
-            arrays = [jax.device_put(shards[bounds], device) for bounds, at in places.items() for device in at]
-            jax.block_until_ready(arrays)  # or the host would hold the next variable as well
-            loaded[path] = jax.make_array_from_single_device_arrays(variable.shape, shardings[path], arrays)
-    return loaded
-
-
-def _places(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Bounds, list[jax.Device]]:
-    """The parts of a variable that this host's devices hold, each with the devices that hold it."""
-    places: dict[Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        places.setdefault(bounds, []).append(device)
-    return places
-
-
-def _elements(bounds: Bounds) -> int:
-    return math.prod(high - low for low, high in bounds)
-
-
-def _pages(shape: list[int], dtype: Any) -> np.ndarray:
-    """Memory that a CPU device takes over as it stands: it would copy what is aligned to less than 64 bytes.
-
-    numpy asks for huge pages, and beside a page cache full of weight files the kernel takes longer to clear room
-    for those than the read takes.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
-
-
-def _slices(
-    entry: Entry, shards: Mapping[Bounds, np.ndarray]
-) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """What the shards need of one tensor, as slices of the checkpoint's matrix, each with the array it fills."""
-    lead = len(entry.index)
-    for bounds, shard in shards.items():
-        if not all(low <= i < high for (low, high), i in zip(bounds, entry.index, strict=False)):
-            continue
-        inner = tuple(slice(low, high) for low, high in bounds[lead:])
-        if entry.hf_shape != entry.shape:
-            rows = _flat(inner[: entry.out_dims], entry.shape[: entry.out_dims])
-            inner = rows, _flat(inner[entry.out_dims :], entry.shape[entry.out_dims :])
-        part = shard[tuple(i - low for i, (low, _) in zip(entry.index, bounds, strict=False))]
-        yield inner, part.reshape([s.stop - s.start for s in inner])  # a view: the part lies in one piece
-
-
-def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
-    """Only the first dim of a group is ever split (heads, never within a head), so a group's slice is contiguous."""
-    inner = int(np.prod(shape[1:]))
-    if any((s.start, s.stop) != (0, size) for s, size in zip(index[1:], shape[1:], strict=True)):
-        raise ValueError(f"slice {index} splits inside {shape}")
-    return slice(index[0].start * inner, index[0].stop * inner)
 
 
 def lora_entries(arch: Architecture) -> dict[str, Entry]:

@@ -64,7 +64,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name):
 def test_every_option_that_is_not_implemented_is_refused_by_name(name):
     wrong = {
         "attn_logit_softcapping": 50.0, "use_bidirectional_attention": "all", "attention_bias": True,
-        "hidden_activation": "silu", "tie_word_embeddings": False,
+        "attention_dropout": 0.1, "hidden_activation": "silu", "tie_word_embeddings": False,
     }  # fmt: skip
     config = {"model_type": name} | ({"text_config": wrong} if hf_config.FAMILIES[name].multimodal else wrong)
     with pytest.raises(UserError) as error:
@@ -82,6 +82,7 @@ def test_every_option_that_is_not_implemented_is_refused_by_name(name):
         ({"layer_types": ["chunked_attention"] * 8}, "chunked_attention"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}}, "'yarn'"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"per_layer_config": {"03": {"sliding_window": 7}}}, "per_layer_config.03.sliding_window is 7"),
     ],
 )
 def test_a_text_tower_that_cannot_be_built_is_refused(change, words):

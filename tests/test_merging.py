@@ -4,11 +4,13 @@ import dataclasses
 import json
 import shutil
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_helper import DIMS, files, run_config, saved, tensors, train, write_base
+from hub_server import Hub
+from runs_helper import DIMS, STEPS, files, run_config, saved, tensors, train, write_base
 
 import gemma_tpu
 from gemma_tpu import adapters, merging, weights
@@ -247,6 +249,29 @@ def test_another_base_is_refused(copy, tmp_path):
 def test_a_base_that_has_moved_is_found_by_its_fingerprint(copy, base32, tmp_path, whole_merged):
     shutil.copytree(base32, tmp_path / "moved")
     gemma_tpu.merge(copy, base=tmp_path / "moved")
+    assert files(copy / "merged") == files(whole_merged)
+
+
+def test_a_run_on_a_base_of_the_hub_trains_and_merges_to_the_bytes_of_one_on_a_folder(
+    base32, compile_cache, whole_run, whole_merged, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with Hub(files(base32), monkeypatch) as hub:
+        train(run_config(f"hf://{hub.repo}", tmp_path / "run"))
+        hub.reads.clear()
+        gemma_tpu.merge(tmp_path / "run", out=tmp_path / "merged")  # the run knows where its base is
+        assert any(name.endswith(".safetensors") for name in hub.reads)
+    ours, theirs = saved(tmp_path / "run", STEPS), saved(whole_run, STEPS)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[path].tobytes() == theirs[path].tobytes() for path in theirs)
+    assert files(tmp_path / "merged") == files(whole_merged)
+
+
+def test_a_base_in_a_bucket_merges_to_the_bytes_of_the_folder(copy, base32, whole_merged, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, data in files(base32).items():
+        fsspec.filesystem("memory").pipe_file(f"/merge/base/{name}", data)
+    gemma_tpu.merge(copy, base="memory://merge/base")
     assert files(copy / "merged") == files(whole_merged)
 
 

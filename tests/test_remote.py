@@ -16,8 +16,8 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.remote import BucketSource
 from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.sources import local_folder, open_source
+from gemma_tpu.streaming import _pages, load
 from gemma_tpu.transfer import Transfer
-from gemma_tpu.weights import _pages, load
 
 TENSORS = {
     "a": np.arange(6 * 40, dtype=np.float32).reshape(6, 40),
