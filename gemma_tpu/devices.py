@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
@@ -51,6 +52,41 @@ def cpu(count: int | None = None) -> None:
             "unset XLA_FLAGS, or set mesh.cpu_devices=0"
         )
     jax.config.update("jax_num_cpu_devices", count)
+
+
+class CompileCache:
+    """Compiled programs on disk (or in a bucket): a run that starts again, on spot say, does not compile again.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, has the last word.
+    """
+
+    def __init__(self, folder: str | None):
+        import jax
+
+        if jax.config.jax_compilation_cache_dir is None and folder is not None:
+            local = "://" not in folder
+            jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if local else folder)
+        self.folder: str | None = jax.config.jax_compilation_cache_dir
+        self._hits = 0
+        jax.monitoring.register_event_listener(self._note)
+
+    def _note(self, event: str, **_: Any) -> None:
+        self._hits += event == "/jax/compilation_cache/cache_hits"
+
+    def told(self, name: str) -> str:
+        """What became of the program that was compiled last, for the log; call it once for each."""
+        if not self.folder:
+            return "no compile cache"
+        hit, self._hits = self._hits > 0, 0
+        keys = [] if "://" in self.folder else sorted(Path(self.folder).glob(f"jit_{name}-*-cache"), key=_used)
+        key = f", key {keys[-1].name.removesuffix('-cache')[-12:]}" if keys else ""
+        return f"{'from' if hit else 'now in'} the compile cache {self.folder}{key}"
+
+
+def _used(file: Path) -> float:
+    """When a cached program was last written or read; JAX notes the reading beside it."""
+    stamp = file.with_name(file.name.removesuffix("-cache") + "-atime")
+    return (stamp if stamp.exists() else file).stat().st_mtime
 
 
 def require() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from gemma_tpu.errors import UserError
+from gemma_tpu.mesh import RULES
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import ExpertProjection, LoRA, Projection, weight_letters
 from gemma_tpu.variants import Block
@@ -73,11 +74,16 @@ class Site:
         return int(np.prod(self._dims()[2]))
 
     def axes(self) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-        """Logical axes of A and B, from those of the base weight, with the adapter's own rank."""
+        """Logical axes of A and B: those of the base weight, and the adapter's own rank where those leave fsdp free."""
         stack, out, _ = self._letters
         named = self.projection.w.get_metadata()["axes"][1:]
         split, end = len(stack), len(stack) + len(out)
-        return ("layers", *named[:split], None, *named[end:]), ("layers", *named[:end], None)
+
+        def rank(others: Sequence[str | None]) -> str | None:
+            return None if any("fsdp" in RULES.get(axis or "", ()) for axis in others) else "rank"
+
+        a = ("layers", *named[:split], rank((*named[:split], *named[end:])), *named[end:])
+        return a, ("layers", *named[:end], rank(named[:end]))
 
 
 def sites(model: Decoder) -> Iterator[Site]:

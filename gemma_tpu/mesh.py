@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gemma_tpu import torus
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import MeshConfig
 from gemma_tpu.variants import Architecture
@@ -26,8 +27,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tp",),
     "kv_heads": ("tp",),
     "mlp": ("tp",),
-    "experts": ("expert",),
-    "vocab": ("tp",),
+    "experts": ("expert", "fsdp", "tp"),  # whole experts that never move: tokens come to them
+    "vocab": ("fsdp", "tp"),  # the head never moves: hidden states come to it
+    "rank": ("fsdp",),  # of an adapter tensor that has no other dim for fsdp
     "per_layer_vocab": ("fsdp", "tp"),  # its other dim holds every layer side by side: splitting it would mix them
     # activations: rows over data and fsdp, and the residual stream over tp along the sequence between the matmuls
     "batch": ("data", "fsdp"),
@@ -45,9 +47,8 @@ def build(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None)
     devices = list(jax.devices()) if devices is None else list(devices)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     check_product(dict(zip(AXES, shape, strict=True)), len(devices))
-    if len(devices) == jax.device_count() and devices[0].platform == "tpu":
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)  # follows the physical rings
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 4)
+    placed = torus.arrange(devices, shape) if devices[0].platform == "tpu" else np.array(devices).reshape(shape)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def check_product(sizes: Mapping[str, int], device_count: int) -> None:
@@ -140,23 +141,32 @@ def choose(arch: Architecture, device_count: int, rows: int, replicate_kv: bool 
 def sizes(section: MeshConfig, arch: Architecture, device_count: int, rows: int) -> dict[str, int]:
     """The mesh that a config asks for, checked against the devices, the heads and the rows of a micro-batch."""
     if section.auto:
-        return choose(arch, device_count, rows, section.replicate_kv)
+        chosen = choose(arch, device_count, rows, section.replicate_kv)
+        check_experts(arch, chosen)
+        return chosen
     chosen = {axis: getattr(section, axis) for axis in AXES}
-    check_experts(arch, section.expert)
+    check_experts(arch, chosen)
     check_product(chosen, device_count)
     check_heads(arch, section.tp, section.replicate_kv)
     check_rows(rows, chosen)
     return chosen
 
 
-def check_experts(arch: Architecture, expert: int) -> None:
+def check_experts(arch: Architecture, sizes: Mapping[str, int]) -> None:
+    """Every device keeps whole experts, as many as any other."""
     counts = sorted({layer.experts.count for layer in arch.layers if layer.experts is not None})
-    if expert > 1 and not counts:
-        raise UserError(f"mesh.expert is {expert}, and this model has no experts; set it to 1")
+    if sizes.get("expert", 1) > 1 and not counts:
+        raise UserError(f"mesh.expert is {sizes['expert']}, and this model has no experts; set it to 1")
+    split = {axis: sizes[axis] for axis in RULES["experts"] if sizes.get(axis, 1) > 1}
+    product = math.prod(split.values())
     for count in counts:
-        if count % expert:
+        if count % product:
+            named = " x ".join(f"mesh.{axis}={n}" for axis, n in split.items())
+            named += f" = {product}" if len(split) > 1 else ""
             choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-            raise UserError(f"mesh.expert={expert} does not divide the {count} experts; valid: {choices}")
+            raise UserError(
+                f"{named} does not divide the {count} experts; valid: {choices} (mesh.data leaves them as they are)"
+            )
 
 
 def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
@@ -183,12 +193,33 @@ def spec_for(axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None
     return PartitionSpec(*entries)
 
 
+def split_of(axis: str, size: int) -> str | tuple[str, ...] | None:
+    """The mesh axes that an activation's dim of this size is split over, as a PartitionSpec has them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else spec_for((axis,), mesh, (size,))[0]
+
+
+def platform() -> str:
+    """Of the devices that the program being traced is for: those of the mesh that is set, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the mesh that is set; without one (a single device) this is the identity."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(axes, mesh, x.shape))
+
+
+def gathered(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A small weight with its fsdp split undone: one gather for all of a layer's is faster than a ring for each."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return w
+    whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_for(axes, mesh, w.shape)))
+    return jax.lax.with_sharding_constraint(w, whole)
 
 
 @dataclass(frozen=True)
@@ -207,6 +238,18 @@ class Fix:
     before: PartitionSpec
     after: PartitionSpec
     reason: str
+
+
+def format_fixes(fixes: Sequence[Fix]) -> list[str]:
+    """One line for each reason, with the first tensor that it concerns and how many more."""
+    by_reason: dict[str, list[Fix]] = {}
+    for fix in fixes:
+        by_reason.setdefault(fix.reason.partition(": replicated")[0], []).append(fix)
+    lines = []
+    for found in by_reason.values():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        lines.append(f"sharding of {found[0].name}{more}: {found[0].before} -> {found[0].after} ({found[0].reason})")
+    return lines
 
 
 def fix_specs(

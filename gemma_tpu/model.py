@@ -16,12 +16,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma_tpu.attention import attention
+from gemma_tpu.experts import Mixture
 from gemma_tpu.mesh import constrain
-from gemma_tpu.projection import Base, ExpertProjection, LoRA, Projection
+from gemma_tpu.projection import Base, LoRA, Projection
 from gemma_tpu.variants import Architecture, Block, Layer, Rope
 
-Remat = str | Sequence[str]  # "none", "full", or the names of the activations to keep
-ACTIVATIONS = ("q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h")
+# "none", "full", or the names of the activations to keep: on the device, or ("gate@host") in the host's memory
+Remat = str | Sequence[str]
+HOST = "@host"
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, ctx: Context, key, kv, cached):
         """(output, the keys and values it used). `kv` are those of an earlier layer, for a layer that shares them;
         `cached` is this layer's part of the cache, or None."""
-        q_BTNH = rotate(self.q_norm(self.q_proj(x_BTD, key)), ctx.positions_BT, self.layer.rope)
-        q_BTNH = checkpoint_name(constrain(q_BTNH, "batch", None, "act_heads", None), "q")
+        # Kept by name as the projections give them: the norms need that again, and the rest is cheap.
+        q_BTNH = checkpoint_name(constrain(self.q_proj(x_BTD, key), "batch", None, "act_heads", None), "q")
+        q_BTNH = rotate(self.q_norm(q_BTNH), ctx.positions_BT, self.layer.rope)
         if not self.layer.kv_shared:
             kv = self._keys_values(x_BTD, ctx, key)
             if cached is not None:
@@ -106,21 +109,22 @@ class Attention(nnx.Module):
             q_BTNH, *kv, ctx.segments_BT, ctx.k_segments_BS,
             scale=self.scale, window=self.layer.window, q_index_BT=ctx.index_BT,
         )  # fmt: skip
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         return checkpoint_name(self.o_proj(out_BTNH, key), "o"), kv
 
     def _keys_values(self, x_BTD, ctx: Context, key):
         if self.layer.k_eq_v:
-            k_BTKH = v_BTKH = self.k_einsum(x_BTD, key)
+            k_BTKH = v_BTKH = _kept(self.k_einsum(x_BTD, key), "k")
         else:
             kv_BTCKH = self.kv_einsum(x_BTD, key)
-            k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+            k_BTKH, v_BTKH = _kept(kv_BTCKH[:, :, 0], "k"), _kept(kv_BTCKH[:, :, 1], "v")
         k_BTKH = rotate(self.k_norm(k_BTKH), ctx.positions_BT, self.layer.rope)
         if self.has_v_norm:
             v_BTKH = rms(v_BTKH, self.eps).astype(x_BTD.dtype)  # scale-free
-        k_BTKH = checkpoint_name(constrain(k_BTKH, "batch", None, "act_kv_heads", None), "k")
-        v_BTKH = checkpoint_name(constrain(v_BTKH, "batch", None, "act_kv_heads", None), "v")
         return k_BTKH, v_BTKH
+
+
+def _kept(x_BTKH, name: str):
+    return checkpoint_name(constrain(x_BTKH, "batch", None, "act_kv_heads", None), name)
 
 
 def _put(cache_BSKH, new_BTKH, index_BT):
@@ -139,39 +143,6 @@ class MLP(nnx.Module):
         gate_BTF = checkpoint_name(constrain(self.gate_proj(x_BTD, key), "batch", None, "act_mlp"), "gate")
         up_BTF = checkpoint_name(constrain(self.up_proj(x_BTD, key), "batch", None, "act_mlp"), "up")
         return checkpoint_name(self.down_proj(jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, key), "down")
-
-
-class Mixture(nnx.Module):
-    """Routed experts beside the dense MLP. The router is float32: a rounding there sends a token elsewhere."""
-
-    def __init__(self, arch: Architecture, layer: Layer, repeats: int, dtype: jnp.dtype):
-        D, E, F = arch.hidden, layer.experts.count, layer.experts.mlp
-        self.top_k, self.eps, self.root = layer.experts.top_k, arch.eps, D**-0.5
-        self.router = Base(jax.ShapeDtypeStruct((repeats, E, D), dtype), axes=("layers", None, None))
-        self.router_scale = Base(jax.ShapeDtypeStruct((repeats, D), dtype), axes=("layers", None))
-        self.expert_scale = Base(jax.ShapeDtypeStruct((repeats, E), dtype), axes=("layers", None))
-        self.gate_up_proj = ExpertProjection("experts.gate_up_proj", (E, 2 * F, D), ("experts", "mlp", "embed"),
-                                             repeats, dtype)  # fmt: skip
-        self.down_proj = ExpertProjection("experts.down_proj", (E, D, F), ("experts", "embed", "mlp"), repeats, dtype)
-
-    def route(self, x_TD):
-        """(weights, expert numbers) of the top k experts of each token."""
-        scaled_TD = rms(x_TD, self.eps) * self.router_scale[...].astype(jnp.float32) * self.root
-        scores_TE = scaled_TD @ self.router[...].astype(jnp.float32).T
-        weights_Tk, chosen_Tk = jax.lax.top_k(jax.nn.softmax(scores_TE, axis=-1), self.top_k)
-        weights_Tk /= jnp.sum(weights_Tk, axis=-1, keepdims=True)
-        return weights_Tk * self.expert_scale[...].astype(jnp.float32)[chosen_Tk], chosen_Tk
-
-    def __call__(self, routed_BTD, x_BTD, key):
-        """Experts see `x_BTD`; the router sees `routed_BTD`, the residual before any norm."""
-        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        weights_Tk, chosen_Tk = self.route(routed_BTD.reshape(x_TD.shape))
-        order_t = jnp.argsort(chosen_Tk.reshape(-1), stable=True)  # (token, expert) pairs, sorted by expert
-        sizes_E = jnp.bincount(chosen_Tk.reshape(-1), length=self.router.shape[-2]).astype(jnp.int32)
-        gate_tF, up_tF = jnp.split(self.gate_up_proj(x_TD[order_t // self.top_k], sizes_E, key), 2, axis=-1)
-        out_tD = self.down_proj(jax.nn.gelu(gate_tF, approximate=True) * up_tF, sizes_E, key)
-        out_tD = out_tD * weights_Tk.reshape(-1)[order_t, None].astype(out_tD.dtype)
-        return jnp.zeros_like(x_TD).at[order_t // self.top_k].add(out_tD).reshape(x_BTD.shape)
 
 
 class DecoderLayer(nnx.Module):
@@ -217,7 +188,7 @@ class Embedding(nnx.Module):
     """Tied input embedding and output head."""
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype):
-        self.w = Base(jax.ShapeDtypeStruct((arch.vocab, arch.hidden), dtype), axes=("vocab", "embed"))
+        self.w = Base(jax.ShapeDtypeStruct((arch.vocab, arch.hidden), dtype), axes=("vocab", None))
         self.hidden = arch.hidden
 
     def __call__(self, tokens_BT):
@@ -383,6 +354,14 @@ def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer,
 def _rematerialise(run, remat: Remat):
     if remat == "none":
         return run
+    names = () if remat == "full" else tuple(remat)
+    host = [name.removesuffix(HOST) for name in names if name.endswith(HOST)]
+    device = [name for name in names if not name.endswith(HOST)]
     policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat == "full" else policies.save_only_these_names(*remat)
+    policy = policies.save_only_these_names(*device)
+    if host:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=device, names_which_can_be_offloaded=host,
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
     return jax.checkpoint(run, policy=policy, prevent_cse=False)

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 # The names that the model gives to its activations: those that `train.remat` can keep for the backward pass.
 Activation = Literal["q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h"]
+# The same, kept in the host's memory in place of the chip's.
+Offloaded = Literal["q@host", "k@host", "v@host", "attention@host", "o@host", "gate@host", "up@host", "down@host",
+                    "lora_h@host"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ Above0 = Annotated[float, Rule("a number above 0", lambda x: x > 0)]
 From0 = Annotated[float, Rule("a number of at least 0", lambda x: x >= 0)]
 Below1 = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Kept = Annotated[
-    tuple[Activation, ...],
-    Rule(f"a list of the activations to keep, out of {', '.join(get_args(Activation))}", bool),
-]
+    tuple[Activation | Offloaded, ...],
+    Rule(f"a list of the activations to keep, out of {', '.join(get_args(Activation))} (or q@host … in host memory), "
+         "each once", lambda names: names and len({name.partition("@")[0] for name in names}) == len(names)),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class TrainConfig:
     batch_size: Positive = 4  # rows per optimizer update
     accumulation: Positive = 1  # micro-batches that an update is computed in
     seed: Seed = 0
-    remat: Literal["none", "full"] | Kept = "none"
+    remat: Literal["none", "full", "auto"] | Kept = "none"
+    compile_cache: Text | None = "~/.cache/gemma_tpu/xla"  # a folder or a bucket; null: compile at every start
 
 
 @dataclass(frozen=True)

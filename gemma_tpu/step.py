@@ -17,8 +17,6 @@ from gemma_tpu.loss import cross_entropy
 from gemma_tpu.model import Decoder, Remat
 from gemma_tpu.projection import Base
 
-CHUNK = 2048  # tokens of logits alive at once: x 262,144 x 4 bytes = 2 GiB, over tp
-
 Trained = dict[str, jax.Array]
 State = dict[str, Any]  # {"trained": Trained, "opt": optax state, "step": int32}
 Batch = dict[str, jax.Array]  # [A, B, T] leaves: micro-batches, rows, tokens
@@ -41,7 +39,7 @@ class Parts:
 
 def take_apart(model: Decoder) -> tuple[Parts, Trained]:
     graph, state, frozen = nnx.split(model, model.trains, ...)
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    flat = {".".join(map(str, path)): leaf.get_raw_value() for path, leaf in nnx.to_flat_state(state)}
     leaves, structure = jax.tree.flatten(state)
     if len(leaves) != len(flat) or any(a is not b for a, b in zip(leaves, flat.values(), strict=True)):
         raise AssertionError("the flat state lists its leaves in another order than the tree does")
@@ -51,10 +49,9 @@ def take_apart(model: Decoder) -> tuple[Parts, Trained]:
 def summed_loss(model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array:
     """Sum of the weighted token losses of one micro-batch [B, T]."""
     x_BTD = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"], key=key, remat=remat)
-    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
     return cross_entropy(
-        x_TD, model.embed.w[...], batch["targets"].reshape(-1), batch["weights"].reshape(-1),
-        model.arch.logit_softcap, CHUNK, model.trains is Base,
+        x_BTD, model.embed.w[...], batch["targets"], batch["weights"], model.arch.logit_softcap, None,
+        model.trains is Base,
     )  # fmt: skip
 
 

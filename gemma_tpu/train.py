@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from gemma_tpu import devices, metrics, program, step
 from gemma_tpu import mesh as meshes
-from gemma_tpu import metrics, optim, step
 from gemma_tpu.checkpoint import Checkpoints, shapes_of
 from gemma_tpu.config import to_dict
 from gemma_tpu.data import Loader
@@ -47,31 +45,13 @@ class Trainer:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rate, notes = optim.schedule(self.config.optim, self.loader.total_steps)
-        for note in notes + self.loader.notes + self.notes:
+        self.program = program.build(self.config, self.model, self.shardings, self.mesh, self.loader.total_steps)
+        for note in [*self.program.notes, *self.loader.notes, *self.notes]:
             say(f"note: {note}")
-        self.optimizer = optim.optimizer(self.config.optim, rate)
-        self.parts, trained = step.take_apart(self.model)
-        self.state = self._first_state(trained)
-        train = self.config.train
-        self.train_step = step.make_train_step(
-            self.parts, self.optimizer, rate, remat=train.remat, seed=train.seed,
-            dropout=train.method == "lora" and self.config.lora.dropout > 0,
-        )  # fmt: skip
+        self.parts = self.program.parts
+        self.state = self.program.first_state()
 
     # --- state ------------------------------------------------------------------------------------------------
-
-    def _first_state(self, trained: step.Trained) -> step.State:
-        """The optimizer's moments take the sharding of the tensor they belong to; everything else is replicated."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        of_trained = {path: self.shardings[path] for path in trained}
-        shapes = jax.eval_shape(self.optimizer.init, trained)
-        of_opt = optax.tree_utils.tree_map_params(
-            self.optimizer, lambda _, sharding: sharding, shapes, of_trained, transform_non_params=lambda _: whole
-        )
-        opt = jax.jit(self.optimizer.init, out_shardings=of_opt)(trained)
-        self.state_shardings = {"trained": of_trained, "opt": of_opt, "step": whole}
-        return {"trained": trained, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), whole)}
 
     def resume(self, checkpoints: Checkpoints, batches: Any) -> int:
         """Go on from the latest checkpoint, if there is one; returns the step that it stands at."""
@@ -86,7 +66,7 @@ class Trainer:
             )
         saved = checkpoints.restore(latest, self.state["trained"], self.state["opt"])
         self.state |= {"trained": saved["trained"], "opt": saved["opt"]}
-        self.state["step"] = jax.device_put(jnp.asarray(latest, jnp.int32), self.state_shardings["step"])
+        self.state["step"] = self.program.at(latest)
         batches.set_state(record["data"])
         return latest
 
@@ -101,18 +81,12 @@ class Trainer:
     # --- running ----------------------------------------------------------------------------------------------
 
     def compile(self, batch: dict[str, np.ndarray]) -> Any:
-        begun = time.monotonic()
-        # The state must come back in the shardings it went in with, or step 2 would compile again.
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        jitted = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.state_shardings, whole))
-        compiled = jitted.lower(self.state, self.parts.frozen, self.place(batch)).compile()
+        begun, cache = time.monotonic(), devices.CompileCache(self.config.train.compile_cache)
+        compiled = self.program.compile(self.program.lower(self.state, self.program.place(batch)))
         shape = "x".join(map(str, batch["tokens"].shape))
-        say(f"compiled the train step once, for batches of {shape}, in {time.monotonic() - begun:.1f} s")
+        say(f"compiled the train step once, for batches of {shape}, in {time.monotonic() - begun:.1f} s "
+            f"({cache.told('train_step')})")  # fmt: skip
         return compiled
-
-    def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
-        spec = meshes.spec_for((None, "batch", None), self.mesh)
-        return jax.device_put(batch, NamedSharding(self.mesh, spec))
 
     def fit(self) -> dict[str, Any]:
         """Train to the end (or to a signal), saving on the way; returns the summary, which the run folder keeps too."""
@@ -145,7 +119,7 @@ class Trainer:
             with _signals() as asked:
                 for number in range(start + 1, total + 1):
                     batch = pace.wait_for(batches)
-                    self.state, found = compiled(self.state, self.parts.frozen, self.place(batch))
+                    self.state, found = compiled(self.state, self.parts.frozen, self.program.place(batch))
                     pace.dispatched(number, found)
                     stop = bool(asked)  # looked at once: a signal after this line stops after the next step
                     if number % every == 0 or number == total or stop:
@@ -170,6 +144,8 @@ class Trainer:
         metrics.draw_loss(rows, self.run.picture, f"{self.run.path.name}: loss", held_out)
         summary = {
             "steps": total,
+            "device_kind": jax.devices()[0].device_kind,
+            "devices": self.mesh.size,
             "loss": rows[-1]["loss"] if rows else None,
             "held_out_loss": {str(at): loss for at, loss in held_out.items()},
             "tokens": sum(row["tokens"] for row in rows),

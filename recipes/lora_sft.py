@@ -8,10 +8,9 @@ from typing import Any
 import jax
 
 import gemma_tpu
-from gemma_tpu import loading, lora, mesh, runs
+from gemma_tpu import loading, lora, mesh, program, runs
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.metrics import say
-from gemma_tpu.projection import Base
 from gemma_tpu.schema import Config
 from gemma_tpu.tokenizer import Tokenizer
 from gemma_tpu.train import Trainer
@@ -45,22 +44,18 @@ def main(config: Config) -> dict[str, Any]:
         held_out = make_loader(held_out_rows, keep_partial=True, **shape)
 
     # What trains: adapters beside a frozen base, or the base itself.
-    if config.train.method == "full":
-        model.trains = Base
-    else:
-        section = config.lora
-        chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                             alpha=section.alpha, dropout=section.dropout)  # fmt: skip
-        say(lora.table(chosen, section.rank))
+    chosen = program.adapt(model, config)
+    if chosen:
+        say(lora.table(chosen, config.lora.rank))
         for line in lora.absent(model):
             say(line)
 
     # Shardings, each held against its tensor and the mesh; then the weights, streamed onto their shards.
     shardings, fixes = loading.place(model, device_mesh, config.mesh.replicate_kv)
-    for fix in fixes:
-        say(f"sharding of {fix.name}: {fix.before} -> {fix.after} ({fix.reason})")
+    for line in mesh.format_fixes(fixes):
+        say(line)
     loading.load_base(model, checkpoint, shardings)
-    if config.train.method == "lora":
+    if chosen:
         loading.assign(model, loading.put(lora.initial(model, config.train.seed), shardings))
 
     trainer = Trainer(

@@ -50,26 +50,33 @@ def plain(q, k, v, segments, window):
     return attention(q, k, v, segments, segments, scale=0.7, window=window, q_index_BT=index)
 
 
-def banded(q, k, v, segments, window):
+def blockwise(q, k, v, segments, window):
     return attention(q, k, v, segments, segments, scale=0.7, window=window)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
+
+
+@pytest.mark.parametrize("chunk", [256, 8, 4])
 @pytest.mark.parametrize(
     ("window", "kv_heads"), [(None, 2), (None, 4), (1, 2), (5, 1), (5, 2), (8, 4), (8, 1), (100, 2)]
 )
-def test_attention_is_its_definition(window, kv_heads):
+def test_attention_is_its_definition(window, kv_heads, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
     q, k, v, segments = random_inputs(32, kv_heads=kv_heads)
     found = attention(q, k, v, segments, segments, scale=0.7, window=window)
     np.testing.assert_allclose(found, by_definition(q, k, v, segments, window, 0.7), atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "window", "smallest"), [(32, 8, 64), (32, 4, 64), (30, 5, 64), (24, 1, 64), (64, 16, 8), (24, 8, 2)]
-)
-def test_the_banded_path_equals_the_plain_mask_and_so_do_its_gradients(tokens, window, smallest, monkeypatch):
-    took = []
+BANDS = [(32, 8, 64), (32, 4, 64), (30, 5, 64), (24, 1, 64), (64, 16, 8), (24, 8, 2)]
+SPANS = [(64, None, 64), (64, 40, 64), (16, 8, 64), (33, 8, 64), (37, None, 64), (37, 30, 64), (6, None, 64)]
+
+
+@pytest.mark.parametrize(("tokens", "window", "smallest"), BANDS + SPANS)
+def test_blocks_equal_the_plain_mask_and_so_do_their_gradients(tokens, window, smallest, monkeypatch, small_blocks):
     monkeypatch.setattr(module, "MIN_CHUNK", smallest)  # small ones have several chunks in a window
-    monkeypatch.setattr(module, "_banded", lambda *a, inner=module._banded: took.append(1) or inner(*a))
     cotangent = np.random.default_rng(9).standard_normal((B, tokens, N, H)).astype(np.float32)
 
     def run(path):
@@ -79,28 +86,56 @@ def test_the_banded_path_equals_the_plain_mask_and_so_do_its_gradients(tokens, w
 
         return jax.jit(jax.grad(total, has_aux=True))
 
-    with_band, with_mask = run(banded), run(plain)
+    by_blocks, with_mask = run(blockwise), run(plain)
     for seed in range(3):
         *qkv, segments = random_inputs(tokens, seed)
-        grads, out = with_band(tuple(qkv), segments)
+        grads, out = by_blocks(tuple(qkv), segments)
         wanted_grads, wanted = with_mask(tuple(qkv), segments)
         np.testing.assert_allclose(out, wanted, atol=2e-6)
         for grad, want in zip(grads, wanted_grads, strict=True):
             np.testing.assert_allclose(grad, want, atol=2e-5)
-    assert len(took) == 1  # traced once, for the band alone
 
 
-@pytest.mark.parametrize(("tokens", "window"), [(16, 8), (33, 8), (32, None)])
-def test_rows_that_do_not_fit_the_band_take_the_plain_mask(tokens, window, monkeypatch):
-    monkeypatch.setattr(module, "_banded", None)
-    q, k, v, segments = random_inputs(tokens)
-    np.testing.assert_allclose(
-        attention(q, k, v, segments, segments, scale=0.7, window=window),
-        by_definition(q, k, v, segments, window, 0.7), atol=2e-6,
-    )  # fmt: skip
+def keys_looked_at(tokens: int, window: int | None) -> int:
+    """Scores of one head of one row."""
+    x = jnp.zeros((1, tokens))
+    blocks = zip(module._queries(x, window), module._keys(x, window), strict=True)
+    return sum(q.shape[0] * q.shape[1] * k.shape[1] for q, k in blocks)
 
 
-@pytest.mark.parametrize("path", [plain, banded])
+def test_blocks_leave_out_much_of_what_the_mask_would():
+    assert keys_looked_at(4096, None) == 4096 * 4096 * 5 // 8
+    assert keys_looked_at(4096, 1024) == 4096 * (1024 + 256)  # a band of chunks, each with the window before it
+    assert keys_looked_at(4095, 1024) < 4095**2 / 2  # no band divides it, spans do
+    assert keys_looked_at(200, 100) <= 200 * 200
+
+
+def test_memory_of_the_gradient_grows_with_the_tokens_and_not_with_their_square():
+    def temporary(path, tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        gradient = jax.grad(lambda q, k, v, s: jnp.sum(path(q, k, v, s, None)), (0, 1, 2))
+        return jax.jit(gradient).lower(x, x, x, segments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(blockwise, 2048) < 2.5 * temporary(blockwise, 1024)
+    assert temporary(plain, 2048) > 3.5 * temporary(plain, 1024)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_what_remat_keeps_by_name_is_not_made_again(window, small_blocks):
+    q, k, v, segments = random_inputs(32)
+
+    def exponentials(policy) -> int:
+        run = jax.checkpoint(lambda q, k, v: jnp.sum(blockwise(q, k, v, segments, window)), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(q, k, v)).count("= exp ")
+
+    blocks = len(module._queries(q, window))
+    kept, again = jax.checkpoint_policies.save_only_these_names("attention"), jax.checkpoint_policies.nothing_saveable
+    assert exponentials(kept) == 2 * blocks  # once forward, once backward
+    assert exponentials(again) == 3 * blocks
+
+
+@pytest.mark.parametrize("path", [plain, blockwise])
 def test_keys_of_padding_and_of_other_segments_have_no_influence_at_all(path):
     q, k, v, segments = random_inputs(32)
     before = path(q, k, v, segments, 8)
@@ -115,7 +150,7 @@ def test_keys_of_padding_and_of_other_segments_have_no_influence_at_all(path):
 def test_a_row_of_nothing_but_padding_stays_a_number():
     q, k, v, _ = random_inputs(32)
     nothing = np.zeros((B, 32), np.int32)
-    assert np.isfinite(banded(q, k, v, nothing, 8)).all()
+    assert np.isfinite(blockwise(q, k, v, nothing, 8)).all()
     no_key = attention(q, k, v, nothing, nothing - 1, scale=1.0, q_index_BT=jnp.arange(32)[None])
     assert np.isfinite(no_key).all()
 
@@ -133,6 +168,6 @@ def test_queries_against_a_longer_cache_see_what_stands_before_them():
 
 def test_bfloat16_inputs_give_bfloat16_out_close_to_float32():
     q, k, v, segments = random_inputs(32)
-    low = banded(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), segments, 8)
+    low = blockwise(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), segments, 8)
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(np.float32), banded(q, k, v, segments, 8), atol=0.06)
+    np.testing.assert_allclose(low.astype(np.float32), blockwise(q, k, v, segments, 8), atol=0.06)

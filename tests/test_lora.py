@@ -254,17 +254,19 @@ def test_injection_adds_what_the_table_says_and_nothing_else(tiny):
     assert {v.dtype for v in adapters.values()} == {jnp.dtype("float32")}
 
 
-def test_the_axes_of_an_adapter_come_from_its_base_weight(tiny):
+def test_the_axes_of_an_adapter_come_from_its_base_weight_or_from_its_rank(tiny):
+    """Every adapter tensor has one dim for fsdp, so that none of it is held twice."""
     model, _ = loading.build(tiny(**SMALL), dtype="float32")
     lora.inject(model, rank=4, alpha=4)
     axes = {path: v.get_metadata()["axes"] for path, v in loading.variables(model, LoRA).items()}
     assert all(len(axes[path]) == v.ndim for path, v in loading.variables(model, LoRA).items())
     local = "blocks.0.0.attention"
     assert axes[f"{local}.kv_einsum.lora_a"] == ("layers", None, None, "embed")
-    assert axes[f"{local}.kv_einsum.lora_b"] == ("layers", None, "kv_heads", None, None)
-    assert axes[f"{local}.o_proj.lora_a"] == ("layers", None, "heads", None)
+    assert axes[f"{local}.kv_einsum.lora_b"] == ("layers", None, "kv_heads", None, "rank")
+    assert axes[f"{local}.o_proj.lora_a"] == ("layers", "rank", "heads", None)
     assert axes[f"{local}.o_proj.lora_b"] == ("layers", "embed", None)
-    assert axes["blocks.0.0.mlp.down_proj.lora_a"] == ("layers", None, "mlp")
+    assert axes["blocks.0.0.mlp.down_proj.lora_a"] == ("layers", "rank", "mlp")
+    assert all(sum(axis in ("embed", "rank") for axis in named) == 1 for named in axes.values())
 
 
 def test_injecting_what_a_checkpoint_holds_restores_the_same_places(tiny):
@@ -299,7 +301,8 @@ def one_projection(dropout: float) -> Projection:
     p = Projection("up_proj", "BTD,FD->BTF", (6, 16), ("mlp", "embed"), 1, jnp.float32)
     for name, shape in (("w", (6, 16)), ("lora_a", (3, 16)), ("lora_b", (6, 3))):
         value = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        setattr(p, name, (LoRA if name != "w" else projection.Base)(value))
+        axes = ("layers", *(None for _ in shape))
+        setattr(p, name, (LoRA if name != "w" else projection.Base)(value, axes=axes))
     p.lora_scale, p.lora_dropout = 0.5, dropout
     return p
 

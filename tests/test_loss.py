@@ -5,26 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_tpu import mesh as meshes
 from gemma_tpu.loss import cross_entropy
 
 T, D, V = 23, 12, 37
 
 
-def inputs(dtype=jnp.float32, seed: int = 0):
+def inputs(dtype=jnp.float32, seed: int = 0, rows: int = 1, tokens: int = T, vocab: int = V):
     rng = np.random.default_rng(seed)
-    x_TD = jnp.asarray(3 * rng.standard_normal((T, D)), dtype)
-    w_VD = jnp.asarray(rng.standard_normal((V, D)), dtype)
-    targets_T = jnp.asarray(rng.integers(0, V, T))
-    weights_T = jnp.asarray(rng.choice([0.0, 1.0, 0.25], T), jnp.float32)
-    return x_TD, w_VD, targets_T, weights_T
+    x_BTD = jnp.asarray(3 * rng.standard_normal((rows, tokens, D)), dtype)
+    w_VD = jnp.asarray(rng.standard_normal((vocab, D)), dtype)
+    targets_BT = jnp.asarray(rng.integers(0, vocab, (rows, tokens)))
+    weights_BT = jnp.asarray(rng.choice([0.0, 1.0, 0.25], (rows, tokens)), jnp.float32)
+    return x_BTD, w_VD, targets_BT, weights_BT
 
 
-def naive(x_TD, w_VD, targets_T, weights_T, softcap):
-    logits_TV = x_TD @ w_VD.T
+def naive(x_BTD, w_VD, targets_BT, weights_BT, softcap):
+    logits_BTV = x_BTD @ w_VD.T
     if softcap is not None:
-        logits_TV = softcap * jnp.tanh(logits_TV / softcap)
-    picked_T = jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[:, None], axis=-1)[:, 0]
-    return -jnp.sum(weights_T * picked_T)
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    picked_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]
+    return -jnp.sum(weights_BT * picked_BT)
 
 
 # 8 does not divide 23 tokens, 64 is more than there are.
@@ -68,8 +69,8 @@ def test_tokens_of_weight_zero_have_no_loss_and_no_gradient():
         return cross_entropy(x, w, targets, weights, 30.0, 8, False)
 
     dx = jax.grad(ours)(x, targets)
-    assert (np.asarray(dx)[off] == 0).all() and (np.asarray(dx)[~off] != 0).any(axis=1).all()
-    assert ours(jnp.where(off[:, None], 50.0, x), jnp.where(off, 0, targets)) == ours(x, targets)
+    assert (np.asarray(dx)[off] == 0).all() and (np.asarray(dx)[~off] != 0).any(axis=-1).all()
+    assert ours(jnp.where(off[..., None], 50.0, x), jnp.where(off, 0, targets)) == ours(x, targets)
 
 
 def test_all_weights_zero_is_zero_and_not_nan():
@@ -131,3 +132,30 @@ def test_bfloat16_inputs_give_a_float32_loss_close_to_the_exact_one():
     np.testing.assert_allclose(loss, want, rtol=1e-5)  # the products of bfloat16 are exact in float32
     np.testing.assert_allclose(dx.astype(jnp.float32), want_dx, atol=0.02)
     np.testing.assert_allclose(dw.astype(jnp.float32), want_dw, atol=0.05)
+
+
+# Tokens over data and fsdp by rows, over tp along the row; the vocabulary over fsdp and tp.
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 4}, {"tp": 4}, {"fsdp": 2, "tp": 2}, {"data": 2, "fsdp": 2}, {"data": 2, "tp": 2}], ids=str
+)
+@pytest.mark.parametrize(("rows", "tokens", "vocab"), [
+    (4, 24, 36),
+    (4, 23, 36),  # a row that tp does not divide stays whole
+    (4, 24, 37),  # and so does a vocabulary
+    (1, 24, 36),  # one row: every device of fsdp has the same tokens and another part of the head
+])  # fmt: skip
+def test_on_a_mesh_the_loss_and_its_gradients_are_those_of_one_device(sizes, rows, tokens, vocab, softcap):
+    x, w, targets, weights = inputs(rows=rows, tokens=tokens, vocab=vocab)
+
+    def ours(x, w):
+        return cross_entropy(x, w, targets, weights, softcap, 16, True)
+
+    want, want_grads = jax.value_and_grad(naive, argnums=(0, 1))(x, w, targets, weights, softcap)
+    with jax.set_mesh(meshes.build(sizes, jax.devices()[:4])):
+        loss, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, w)
+        alone = jax.jit(ours)(x, w)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(alone, want, rtol=1e-6)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(grad, want_grad, atol=3e-5)

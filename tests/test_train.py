@@ -82,7 +82,7 @@ def test_the_train_step_compiles_once_and_refuses_another_batch_shape(
     trainer = kept["trainer"]
     shorter = {name: leaf[..., :128] for name, leaf in kept["batch"].items()}
     with jax.set_mesh(trainer.mesh), pytest.raises(TypeError, match="compiled"):
-        kept["compiled"](trainer.state, trainer.parts.frozen, trainer.place(shorter))
+        kept["compiled"](trainer.state, trainer.parts.frozen, trainer.program.place(shorter))
 
 
 # --- resume -------------------------------------------------------------------------------------------------

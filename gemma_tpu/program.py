@@ -1,0 +1,140 @@
+"""The train step as one program: the function, its shardings and its shapes.
+
+`train` runs this object on devices, and `plan` gives the same object to the compiler of a slice that is not there:
+what was planned is what runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_tpu import advice, chips, flags, loading, lora, optim, step
+from gemma_tpu import mesh as meshes
+from gemma_tpu.model import Decoder, Remat
+from gemma_tpu.projection import Base
+from gemma_tpu.schema import Config
+
+Shardings = dict[str, NamedSharding]
+BATCH = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "targets": jnp.int32,
+         "weights": jnp.float32}  # fmt: skip
+
+
+def adapt(model: Decoder, config: Config) -> list[lora.Site]:
+    """Choose what trains: adapters beside a frozen base, or the base itself (then there are no sites)."""
+    if config.train.method == "full":
+        model.trains = Base
+        return []
+    section = config.lora
+    return lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
+                       alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+
+
+def remat_of(config: Config, model: Decoder, mesh: Mesh) -> tuple[Remat, str | None]:
+    """What `train.remat` means on this mesh, and a sentence where it had to be chosen (auto)."""
+    if config.train.remat != "auto":
+        return config.train.remat, None
+    first = mesh.devices.flat[0]
+    place = chips.of_devices(first.device_kind, mesh.size)
+    return advice.choose_remat(model.arch, config, place, dict(mesh.shape))
+
+
+@dataclass(frozen=True)
+class Program:
+    """One optimizer update on a mesh: (state, frozen, batch) -> (state, metrics), the state updated in place."""
+
+    mesh: Mesh
+    parts: step.Parts
+    optimizer: optax.GradientTransformation
+    function: Any
+    trained: step.Trained  # the model's own values: arrays, or shapes
+    state_shardings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def first_state(self) -> step.State:
+        opt = jax.jit(self.optimizer.init, out_shardings=self.state_shardings["opt"])(self.trained)
+        return {"trained": self.trained, "opt": opt, "step": self.at(0)}
+
+    def at(self, number: int) -> jax.Array:
+        return jax.device_put(jnp.asarray(number, jnp.int32), self.whole)
+
+    def abstract_state(self) -> step.State:
+        shapes = {
+            "trained": self.trained,
+            "opt": jax.eval_shape(self.optimizer.init, self.trained),
+            "step": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes, self.state_shardings,
+        )  # fmt: skip
+
+    def abstract_batch(self, accumulation: int, rows: int, tokens: int) -> step.Batch:
+        """`rows` of one micro-batch."""
+        shape = (accumulation, rows, tokens)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows) for name, dtype in BATCH.items()}
+
+    @property
+    def rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, meshes.spec_for((None, "batch", None), self.mesh))
+
+    def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
+        return jax.device_put(batch, self.rows)
+
+    def lower(self, state: step.State, batch: step.Batch) -> jax.stages.Lowered:
+        # The state must come back in the shardings it went in with, or step 2 would compile again.
+        jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.state_shardings, self.whole))
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(state, self.parts.frozen, batch)
+
+    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        options = flags.for_mesh(self.mesh) | (more or {})
+        return lowered.compile(compiler_options=options or None)
+
+
+def build(
+    config: Config, model: Decoder, shardings: Shardings, mesh: Mesh, total_steps: int, remat: Remat | None = None
+) -> Program:
+    """The program of a model whose variables hold arrays, or shapes with shardings (`abstract`).
+
+    `remat`: what a planner tries in place of the config's.
+    """
+    rate, notes = optim.schedule(config.optim, total_steps)
+    if remat is None:
+        remat, chosen = remat_of(config, model, mesh)
+        notes += [chosen] if chosen else []
+    optimizer = optim.optimizer(config.optim, rate)
+    parts, trained = step.take_apart(model)
+    function = step.make_train_step(
+        parts, optimizer, rate, remat=remat, seed=config.train.seed,
+        dropout=config.train.method == "lora" and config.lora.dropout > 0,
+    )  # fmt: skip
+    return Program(mesh, parts, optimizer, function, trained, _state_shardings(optimizer, trained, shardings, mesh),
+                   tuple(notes))  # fmt: skip
+
+
+def _state_shardings(optimizer, trained: step.Trained, shardings: Shardings, mesh: Mesh) -> dict[str, Any]:
+    """The optimizer's moments take the sharding of the tensor they belong to; everything else is replicated."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    of_trained = {path: shardings[path] for path in trained}
+    of_opt = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, trained), of_trained,
+        transform_non_params=lambda _: whole,
+    )  # fmt: skip
+    return {"trained": of_trained, "opt": of_opt, "step": whole}
+
+
+def abstract(model: Decoder, shardings: Shardings) -> None:
+    """Give every variable its shape and sharding in place of a value."""
+    shapes = loading.variables(model).items()
+    loading.assign(model, {
+        path: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[path]) for path, v in shapes
+    })
