@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, devices, runs
+from gemma_tpu import __version__, assets, config, devices, plan_cli, runs
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
+  gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml      does it fit, how fast, how much: before anything is rented
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
@@ -276,6 +277,7 @@ def _add_configured(commands: Any) -> None:
         one = _command(commands, name, run, about, f"gemma-tpu {name} configs/tiny_cpu.yaml train.steps=20")
         one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
         one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optim.lr=1e-4")
+    plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:

@@ -1,0 +1,151 @@
+"""FLOPs and time by arithmetic, checked by hand."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_tpu import chips, roofline, sizes
+from gemma_tpu.budget import memory
+from gemma_tpu.job import Job
+from gemma_tpu.roofline import attention_flops, estimate, keys_seen, work
+
+ALL = ("q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h")
+
+
+def job(
+    mesh=None, rows=4, tokens=4096, accumulation=1, rank=64, remat=ALL, method="lora", dtype="bfloat16"
+):  # fmt: skip
+    base = Job(method, "all", (), rank, dtype, rows, accumulation, tokens, "full", (), False)
+    return base.change(mesh=mesh or {"fsdp": 4}, remat=remat)
+
+
+@pytest.fixture(scope="module")
+def big():
+    return sizes.architecture("gemma4-31b")
+
+
+def test_the_layers_of_31b_hold_29_3_billion_weights(big):
+    D, F = 5376, 21504
+    local = 2 * D * 32 * 256 + 2 * D * 16 * 256 + 3 * D * F
+    full = 2 * D * 32 * 512 + D * 4 * 512 + 3 * D * F  # V is K
+    assert work(big, job()).layers == 50 * local + 10 * full
+    assert work(big, job()).layers == pytest.approx(29.3e9, rel=0.01)
+
+
+def test_the_formula_gives_134_gflop_a_token(big):
+    found = work(big, job())
+    assert found.adapters == 489_717_760
+    assert found.attention == pytest.approx(2.8e9, rel=0.01) and found.head == 262144 * 5376
+    by_hand = 4 * found.layers + 6 * found.adapters + 3 * found.attention + 4 * found.head
+    assert found.useful == by_hand == pytest.approx(134e9, rel=0.005)
+    assert "4N + 6L + 3A + 4VD" in found.formula and "134.2 GFLOP" in found.formula
+
+
+def test_v5p_8_could_do_13700_tokens_a_second(big):
+    assert roofline.limit_tokens_per_s(big, job(), chips.find("v5p-8")) == pytest.approx(13_700, rel=0.005)
+
+
+def test_full_remat_costs_47_percent_more_and_keeping_all_costs_nothing(big):
+    assert work(big, job(remat="full")).executed / work(big, job()).useful == pytest.approx(1.465, abs=0.01)
+    for remat in (ALL, "none"):
+        assert work(big, job(remat=remat)).executed == work(big, job()).useful
+
+
+def test_what_is_not_kept_is_computed_again(big):
+    some = work(big, job(remat=tuple(name for name in ALL if name != "gate")))
+    assert some.recomputed == 2 * 60 * 5376 * 21504 and some.recomputed_attention == 0
+
+
+def test_what_the_host_keeps_is_not_computed_again(big):
+    away = job(remat=tuple(f"{name}@host" for name in ALL))
+    assert work(big, away).executed == work(big, away).useful
+
+
+def test_full_fine_tuning_is_six_times_the_weights():
+    arch = sizes.architecture("gemma3-1b")
+    found = work(arch, job(method="full", mesh={"fsdp": 1}))
+    assert found.useful == 6 * found.layers + 3 * found.attention + 6 * found.head and found.adapters == 0
+
+
+def test_a_mixture_counts_the_experts_that_a_token_meets():
+    """26B-A4B: less than 4 billion active in the layers, more than 25 billion stored."""
+    arch = sizes.architecture("gemma4-26b-a4b")
+    assert 2.5e9 < work(arch, job()).layers < 4e9 < 25e9 < sizes.parameters(arch)
+
+
+@pytest.mark.parametrize("tokens, window", [(1, None), (7, None), (7, 3), (7, 7), (7, 20), (300, 128)])
+def test_keys_seen_is_the_count_of_the_mask(tokens, window):
+    layer = next(one for one in sizes.architecture("gemma3-1b").layers)
+    layer = type(layer)(**{**vars(layer), "window": window})
+    counted = sum(sum(1 for key in range(query + 1) if window is None or query - key < window)
+                  for query in range(tokens))  # fmt: skip
+    assert keys_seen(layer, tokens) == pytest.approx(counted / tokens)
+
+
+def test_attention_is_scores_and_values(big):
+    last = big.layers[-1]
+    assert attention_flops(big, last, 4096) == 4 * 32 * 512 * 4097 / 2
+
+
+# Seconds of a step, walked over the schedule that libtpu 0.0.51 made of the train step of 2026-11-21.
+@pytest.mark.parametrize("size, place, asked, walked", [
+    ("gemma4-31b", "v5p-8", job(), 1.926),
+    ("gemma4-31b", "v5p-8", job(remat="full"), 2.536),
+    ("gemma4-31b", "v5p-8", job({"tp": 4}, remat="full"), 2.673),
+    ("gemma4-31b", "v6e-8", job({"fsdp": 8}, rows=8, remat="full"), 2.046),
+    ("gemma4-12b", "v6e-4", job(accumulation=2, rank=32, remat="full"), 1.362),
+    ("gemma3-4b", "v6e-1", job({"fsdp": 1}, rows=1, accumulation=8, rank=32, remat="full"), 1.252),
+    ("gemma3-4b", "v5e-4", job({"tp": 4}, rows=1, accumulation=8, rank=32, remat="full"), 1.835),
+    ("gemma3-27b", "v6e-4", job({"tp": 4}, rows=1, accumulation=4, rank=32, remat="full"), 1.717),
+])  # fmt: skip
+def test_the_estimate_is_near_the_walk_of_the_schedule(size, place, asked, walked):
+    found = estimate(sizes.architecture(size), asked, chips.find(place)).step_s
+    assert found == pytest.approx(walked, rel=0.2)
+
+
+def test_an_estimate_adds_up_and_says_what_it_is(big):
+    found = estimate(big, job(), chips.find("v5p-8"))
+    assert found.step_s == pytest.approx(sum(found.parts.values()))
+    assert found.tokens_per_s == pytest.approx(16384 / found.step_s)
+    assert found.mfu == pytest.approx(found.tokens_per_s * work(big, job()).useful / (4 * 459e12))
+    assert found.basis == "analytic" and found.limited_by == "matmul"
+    told = "\n".join(found.assumptions)
+    assert "fsdp" in told and "v5p: 459 bf16 TFLOP/s, 2765 GB/s" in told and "2026" in told
+
+
+def test_a_gpu_is_estimated_and_marked(big):
+    found = estimate(big, job({"fsdp": 8}, rows=8), chips.find("h100x8"))
+    assert 0 < found.mfu < 1 and any("no GPU compiler" in line for line in found.assumptions)
+
+
+def test_float32_is_six_times_slower_in_matmuls():
+    arch, place = sizes.architecture("gemma3-270m"), chips.find("v6e-1")
+    one, six = (estimate(arch, job({"fsdp": 1}, dtype=dtype), place) for dtype in ("bfloat16", "float32"))
+    assert six.parts["matmul"] == pytest.approx(6 * one.parts["matmul"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 8).map(lambda n: 4 * n), place=st.sampled_from(["v5e-4", "v5p-8", "h100x4"]),
+       mesh=st.sampled_from([{"fsdp": 4}, {"tp": 4}, {"fsdp": 2, "tp": 2}]),
+       remat=st.sampled_from(["none", "full", ALL, ("gate",)]))  # fmt: skip
+def test_no_estimate_beats_the_limit_and_remat_never_pays(rows, place, mesh, remat):
+    arch, there = sizes.architecture("gemma3-4b"), chips.find(place)
+    asked = job(mesh, rows=rows, remat=remat)
+    found = estimate(arch, asked, there)
+    assert found.tokens_per_s < roofline.limit_tokens_per_s(arch, asked, there)
+    assert found.step_s >= estimate(arch, asked.change(remat="none"), there).step_s
+
+
+@pytest.mark.parametrize("place, mesh, rows", [("v5p-8", {"fsdp": 4}, 4), ("v6e-8", {"fsdp": 8}, 8)])
+def test_the_fastest_remat_fits_with_room_and_nothing_that_fits_could_be_added(big, place, mesh, rows):
+    there = chips.find(place)
+    chosen = roofline.fastest_remat(big, job(mesh, rows=rows), there)
+    room = 0.9 * there.chip.device_hbm_gib
+    assert memory(big, chosen).total <= room
+    assert estimate(big, chosen, there).step_s < estimate(big, chosen.change(remat="full"), there).step_s
+    for name in set(ALL) - set(chosen.remat):
+        assert memory(big, chosen.change(remat=(*chosen.remat, name))).total > room
+
+
+def test_where_nothing_more_fits_the_fastest_remat_is_full(big):
+    assert roofline.fastest_remat(big, job({"tp": 4}), chips.find("v5e-4")).remat == "full"
