@@ -5,17 +5,22 @@ ARGS ?=
 
 BIN := .venv/bin
 CLI := $(BIN)/gemma-tpu
+PEERS := benchmarks/peers_cpu.py benchmarks/tunix_walk.py
 RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; \
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train merge verify eval demo test test-slow check bench clean
+.PHONY: help setup plan train merge verify eval demo test test-slow check bench bench-peers clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  variables:      CONFIG=$(CONFIG) RUN=<its run_dir> ARGS="optim.lr=1e-3 ..." PYTHON=$(PYTHON)'
 
 setup: .venv/.core ## make .venv with the package in it (every target does so when it is missing)
+
+plan: CONFIG = configs/gemma4_31b_v5p8_fast.yaml
+plan: .venv/.core ## memory, time and cost of CONFIG (by default 31B) on a slice, e.g. ARGS="--on v5p-8 --fast"
+	$(CLI) plan $(CONFIG) $(ARGS)
 
 train: .venv/.core ## train CONFIG; with the default config, first make its tiny base model
 	$(CLI) train $(CONFIG) $(ARGS)
@@ -44,8 +49,11 @@ test-slow: .venv/.dev ## the tests that take minutes
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .
 
-bench: .venv/.core ## run every benchmark
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
+	@set -e; for script in $(filter-out $(PEERS),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-peers: .venv/.dev ## beside TRL + PEFT and Tunix, in environments of their own (4 GB, an hour)
+	@set -e; for script in $(PEERS); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
 	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base

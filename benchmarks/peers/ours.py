@@ -1,0 +1,73 @@
+"""gemma_tpu's turn: the program that `gemma-tpu train` compiles, fed by its own loader, packed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from turns import Rows, Turns, settings
+
+from gemma_tpu import config as configs
+from gemma_tpu import loading, lora, mesh, program
+from gemma_tpu.corpus import Prepared
+from gemma_tpu.data import Loader, make_loader
+from gemma_tpu.rows import Tally
+
+
+def prepared(rows: Rows, max_seq_len: int) -> Prepared:
+    """What `data.prepare` gives after the tokenizer, whose output the rows are; every token is a target."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.concatenate(rows).astype(np.int32)
+    return Prepared(
+        ids=ids, mask=np.ones(len(ids), bool), offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        file_N=np.zeros(len(rows), np.int32), line_N=np.arange(1, len(rows) + 1), measured=lengths,
+        files=[Path("rows.json")], format="ids", rows=len(rows), dropped=Tally(), max_seq_len=max_seq_len,
+        pad_id=0, notes=[],
+    )  # fmt: skip
+
+
+def assemble(chosen: dict[str, Any], rows: Rows) -> tuple[program.Program, Loader, int]:
+    """The recipe's assembly on one device, without its run folder; and the number of parameters in all."""
+    config = configs.from_dict({
+        "model": {"path": chosen["checkpoint"], "dtype": "float32"},
+        "data": {"max_seq_len": chosen["packed"], "packing": "pack", "validation": None},
+        "lora": {"rank": chosen["rank"], "alpha": chosen["alpha"], "dropout": 0.0},
+        "train": {"steps": 1_000_000, "epochs": None, "batch_size": 1, "accumulation": 1, "remat": "none"},
+        "optim": {"lr": chosen["lr"], "warmup_steps": 0, "schedule": "constant"},
+    })
+    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    device_mesh = mesh.build({}, jax.devices()[:1])
+    program.adapt(model, config)
+    shardings, _ = loading.place(model, device_mesh)
+    loading.load_base(model, checkpoint, shardings)
+    loading.assign(model, loading.put(lora.initial(model, config.train.seed), shardings))
+    loader = make_loader(prepared(rows, config.data.max_seq_len), max_seq_len=config.data.max_seq_len,
+                         packing="pack", batch_size=1, accumulation=1, seed=0, steps=config.train.steps)  # fmt: skip
+    parameters = sum(int(np.prod(v.shape)) for v in loading.variables(model).values())
+    step = program.build(config, model, shardings, device_mesh, loader.total_steps, config.train.remat)
+    return step, loader, parameters
+
+
+def main() -> None:
+    turns = Turns()
+    chosen, rows = settings()
+    step, loader, parameters = assemble(chosen, rows)
+    trainable = sum(int(np.prod(x.shape)) for x in step.trained.values())
+    about = {"trainable": trainable, "base": parameters - trainable}
+    batches, state, compiled = iter(loader), step.first_state(), None
+    with jax.set_mesh(step.mesh):
+        while steps := turns.wait():
+            pending, tokens = None, 0
+            for _ in range(steps):
+                batch = step.place(next(batches))
+                compiled = compiled or step.compile(step.lower(state, batch))
+                state, found = compiled(state, step.parts.frozen, batch)
+                # As the training loop does: the metrics are read one step behind.
+                pending, ready = found, pending
+                tokens += int(ready["tokens"]) if ready else 0
+            turns.done(tokens + int(pending["tokens"]), loss=float(pending["loss"]), **about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
