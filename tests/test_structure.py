@@ -16,7 +16,7 @@ PACKAGE = ROOT / "gemma_tpu"
 # A module imports only from those to its left.
 ORDER = """
     errors assets schema config chips devices variants hf_config torus mesh retry remote hub sources transfer
-    header shards weights streaming sizes tokenizer rows packing corpus data hlo trips flops traffic links work
+    header shards weights streaming sizes template tokenizer rows packing corpus data hlo trips flops traffic links work
     timeline walk buffers splash attention projection experts model lora loading loss job budget roofline advice
     flags optim step program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
     patch difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text sweep
