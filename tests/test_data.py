@@ -15,7 +15,7 @@ import pytest
 
 from gemma_tpu.data import Loader, Prepared, make_loader, prepare
 from gemma_tpu.errors import UserError
-from gemma_tpu.rows import Tally, codev_answer
+from gemma_tpu.rows import codev_answer
 
 BOS, PAD, TURN = 1, 0, 2
 
@@ -438,30 +438,35 @@ def test_a_state_of_other_data_or_another_plan_is_refused(corpus: Prepared, tmp_
 # Buckets of length
 
 
-def rows_of(lengths: list[int], seed: int = 0) -> Prepared:
-    """A corpus of rows with these lengths, half of each a target."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(10, 900, sum(lengths)).astype(np.int32)
-    mask = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
-    count, offsets = len(lengths), np.concatenate([[0], np.cumsum(lengths)])
-    return Prepared(
-        ids=ids, mask=mask, offsets=offsets, file_N=np.zeros(count, np.int32), line_N=np.arange(1, count + 1),
-        measured=np.array(lengths), files=[Path("rows.jsonl")], format="ids", rows=count, dropped=Tally(),
-        max_seq_len=1024, pad_id=PAD, notes=[],
-    )  # fmt: skip
+class Rows:
+    """Rows with these lengths, half of each a target: what the loader needs of a corpus."""
+
+    pad_id, fingerprint = PAD, 7
+
+    def __init__(self, lengths: list[int]):
+        rng = np.random.default_rng(0)
+        self.lengths, self.tokens = np.array(lengths), sum(lengths)
+        self.rows = [(rng.integers(10, 900, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths]
+        self.target_tokens = sum(int(mask[1:].sum()) for _, mask in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[row]
 
 
 @pytest.fixture(scope="module")
-def lognormal() -> Prepared:
+def lognormal() -> Rows:
     rng = np.random.default_rng(5)
-    return rows_of(np.clip(rng.lognormal(5.3, 0.7, 400).astype(int), 20, 1000).tolist())
+    return Rows(np.clip(rng.lognormal(5.3, 0.7, 400).astype(int), 20, 1000).tolist())
 
 
-def bucketed(corpus: Prepared, **changes) -> Loader:
+def bucketed(corpus: Rows, **changes) -> Loader:
     return loader_of(corpus, **{"max_seq_len": 1024, "packing": "bucket", "batch_size": 8, **changes})
 
 
-def test_a_batch_has_one_length_and_holds_its_rows_whole(lognormal: Prepared) -> None:
+def test_a_batch_has_one_length_and_holds_its_rows_whole(lognormal: Rows) -> None:
     loader = bucketed(lognormal)
     assert 2 <= len(loader.widths) <= 4 and all(width % 128 == 0 for width in loader.widths)
     seen = set()
@@ -476,7 +481,7 @@ def test_a_batch_has_one_length_and_holds_its_rows_whole(lognormal: Prepared) ->
     assert f"{', '.join(f'{w:,}' for w in sorted(seen))} tokens a row, each length compiled once" in loader.notes[-1]
 
 
-def test_buckets_leave_less_padding_than_one_length_and_count_it(lognormal: Prepared) -> None:
+def test_buckets_leave_less_padding_than_one_length_and_count_it(lognormal: Rows) -> None:
     loader, plain = bucketed(lognormal), bucketed(lognormal, packing="off")
     assert loader.padding_share < plain.padding_share / 2
     laid_out = sum(loader[step]["tokens"].size for step in range(loader.steps_per_epoch))
@@ -485,7 +490,7 @@ def test_buckets_leave_less_padding_than_one_length_and_count_it(lognormal: Prep
 
 
 def test_every_row_of_a_bucketed_epoch_comes_once_and_other_rows_are_left_out_each_time() -> None:
-    corpus = rows_of(np.random.default_rng(1).integers(20, 900, 203).tolist())
+    corpus = Rows(np.random.default_rng(1).integers(20, 900, 203).tolist())
     loader = bucketed(corpus)
     per_epoch = loader.steps_per_epoch
     epochs = [[row for s in range(per_epoch) for row in loader.rows_of(e * per_epoch + s)] for e in range(3)]
@@ -496,13 +501,13 @@ def test_every_row_of_a_bucketed_epoch_comes_once_and_other_rows_are_left_out_ea
 
 
 def test_a_length_that_fills_no_batch_is_not_compiled() -> None:
-    loader = bucketed(rows_of([100] * 40 + [500] * 3 + [1000] * 5), batch_size=8)
+    loader = bucketed(Rows([100] * 40 + [500] * 3 + [1000] * 5), batch_size=8)
     assert loader.widths.tolist() == [128, 1024]
-    assert bucketed(rows_of([100] * 40 + [1000] * 5), batch_size=8).widths.tolist() == [1024]
-    assert bucketed(rows_of([100, 900]), batch_size=8).widths.tolist() == [1024]
+    assert bucketed(Rows([100] * 40 + [1000] * 5), batch_size=8).widths.tolist() == [1024]
+    assert bucketed(Rows([100, 900]), batch_size=8).widths.tolist() == [1024]
 
 
-def test_a_bucketed_run_resumes_exactly_and_compiles_what_is_left(lognormal: Prepared) -> None:
+def test_a_bucketed_run_resumes_exactly_and_compiles_what_is_left(lognormal: Rows) -> None:
     whole = list(bucketed(lognormal))
     for stop in np.random.default_rng(1).integers(0, len(whole), 5).tolist():
         batches = iter(bucketed(lognormal))
@@ -518,12 +523,12 @@ HOST = """
 import hashlib, json, sys
 import numpy as np
 sys.path.insert(0, "tests")
-from test_data import bucketed, loader_of, rows_of
+from test_data import Rows, loader_of
 process, count, start = map(int, sys.argv[1:4])
 lengths = np.clip(np.random.default_rng(5).lognormal(5.3, 0.7, 200).astype(int), 20, 1000).tolist()
 found = []
 for packing in ("pack", "bucket"):
-    loader = loader_of(rows_of(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
+    loader = loader_of(Rows(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
     for step in range(start, loader.total_steps):
         for name, leaf in sorted(loader[step].items()):
             mine = np.split(leaf, count, axis=1)[process]  # of every micro-batch, this host's rows
@@ -559,7 +564,7 @@ def test_one_two_and_four_hosts_see_the_same_rows_also_after_their_number_change
 
 def _loaders_of_host() -> list[Loader]:
     lengths = np.clip(np.random.default_rng(5).lognormal(5.3, 0.7, 200).astype(int), 20, 1000).tolist()
-    return [loader_of(rows_of(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
+    return [loader_of(Rows(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
             for packing in ("pack", "bucket")]  # fmt: skip
 
 
