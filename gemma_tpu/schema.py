@@ -73,7 +73,7 @@ class DataConfig:
     transform: Literal["codev_r1"] | None = None  # rewrites each row before it is rendered
     validation: Text | None = "bundled:tiny_verilog/validation.jsonl"
     max_seq_len: Length = 320
-    packing: Literal["off", "pack"] = "pack"
+    packing: Literal["off", "bucket", "pack"] = "pack"
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     overlong: Literal["drop", "truncate", "error"] = "drop"
     limit: Positive | None = None  # use the first so many rows

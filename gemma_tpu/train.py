@@ -1,7 +1,7 @@
 """The only training loop. It dispatches step N and then reads the metrics of step N - 1, so the device never waits.
 
-One compile a run, said out loud: the step is compiled ahead of the first batch, and a batch of another shape is an
-error, never a second compile.
+One compile for each length of batch (most runs have one), said out loud: all are compiled ahead of the first batch, and
+a batch of another shape is an error, never one more compile.
 """
 
 import json
@@ -88,12 +88,24 @@ class Trainer:
             f"({cache.told('train_step')})")  # fmt: skip
         return compiled
 
+    def compile_all(self, start: int) -> Any:
+        """The step for every length of batch that the rest of the run has: one program that takes any of them."""
+        programs = {width: self.compile(self.loader[step]) for width, step in self.loader.first_steps(start).items()}
+
+        def run(state: step.State, frozen: Any, batch: step.Batch) -> tuple[step.State, step.Metrics]:
+            width = batch["tokens"].shape[-1]
+            if width not in programs:
+                raise TypeError(f"a batch of length {width}: the step is compiled for {', '.join(map(str, programs))}")
+            return programs[width](state, frozen, batch)
+
+        return run
+
     def fit(self) -> dict[str, Any]:
         """Train to the end (or to a signal), saving on the way; returns the summary, which the run folder keeps too."""
         if not self.run.config.exists():  # checkpoints without a config would not be known for a run
             self.run.write_config(self.config)
         checkpoints = Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
-        batches = iter(self.loader)
+        batches = self.loader.iterate(self.program.place)  # on the devices ahead of their step
         try:
             with jax.set_mesh(self.mesh):
                 start = self.resume(checkpoints, batches)
@@ -113,13 +125,13 @@ class Trainer:
             say(f"{self.run.path} is complete ({total} updates); to train on, give another run_dir")
             return json.loads(self.run.summary.read_text()) if self.run.summary.exists() else self._finish(start, {}, 0)
         held_out = {} if start else self._held_out(0)
-        compiled = self.compile(self.loader[start])
+        compiled = self.compile_all(start)
         pace = _Pace(self, start)
         try:
             with _signals() as asked:
                 for number in range(start + 1, total + 1):
                     batch = pace.wait_for(batches)
-                    self.state, found = compiled(self.state, self.parts.frozen, self.program.place(batch))
+                    self.state, found = compiled(self.state, self.parts.frozen, batch)
                     pace.dispatched(number, found)
                     stop = bool(asked)  # looked at once: a signal after this line stops after the next step
                     if number % every == 0 or number == total or stop:
@@ -152,10 +164,12 @@ class Trainer:
             "target_tokens": sum(row["target_tokens"] for row in rows),
             "seconds": round(seconds, 2),
             "data_wait_share": round(waited / seconds, 4) if seconds else 0.0,
+            "lengths": self.loader.widths.tolist(),
             "padding_share": round(self.loader.padding_share, 4),
             "trainable_params": sum(int(np.prod(x.shape)) for x in self.state["trained"].values()),
         }
         write_text(self.run.summary, json.dumps(summary, indent=1) + "\n")
+        say(f"the steps waited for data {summary['data_wait_share']:.2%} of their time")
         return summary
 
     def _held_out(self, at: int) -> dict[int, float]:
@@ -173,9 +187,9 @@ class _Pace:
         log = trainer.config.log
         self._journal = metrics.Journal(trainer.run.metrics, start)
         self._progress = metrics.Progress(trainer.loader.total_steps, start, log.every, log.progress)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._begun = self._last = time.monotonic()
-        self.waited = 0.0
+        self.waited = self._wait = 0.0  # seconds for data: in all, and of the step that comes next
 
     @property
     def seconds(self) -> float:
@@ -184,20 +198,23 @@ class _Pace:
     def wait_for(self, batches: Iterator) -> dict[str, np.ndarray]:
         begun = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - begun
+        self._wait = time.monotonic() - begun
+        self.waited += self._wait
         return batch
 
     def dispatched(self, number: int, found: dict[str, jax.Array]) -> None:
         self.catch_up()
-        self._pending = (number, found)
+        self._pending = (number, found, self._wait)
 
     def catch_up(self) -> None:
         if self._pending is None:
             return
-        (number, found), self._pending = self._pending, None
+        (number, found, wait), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(found).items()}
         now = time.monotonic()
-        row = {"step": number, **values, "tokens_per_s": round(values["tokens"] / (now - self._last), 1)}
+        seconds = now - self._last
+        row = {"step": number, **values, "tokens_per_s": round(values["tokens"] / seconds, 1)}
+        row["data_wait"] = round(min(1.0, wait / seconds), 4)
         self._last = now
         self._journal.write(row)
         self._progress.update(row)

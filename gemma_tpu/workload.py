@@ -55,7 +55,9 @@ def _counted(config: Config, tokenizer: Tokenizer) -> Workload:
     )  # fmt: skip
     steps, padding = loader.total_steps, loader.padding_share
     told = f"{len(rows):,} of {rows.rows:,} rows, {rows.tokens:,} tokens an epoch, tokenised here"
-    return Workload(steps, _tokens(config, steps, padding), padding, told, counted=True)
+    if data.packing == "bucket":
+        told += f"; time is reckoned as if every update had rows of {data.max_seq_len:,}"
+    return Workload(steps, round(steps * loader.positions_per_step * (1 - padding)), padding, told, counted=True)
 
 
 def _from_text(config: Config) -> Workload:

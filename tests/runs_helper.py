@@ -136,7 +136,8 @@ def losses(run_dir: Path) -> list[float]:
 
 def comparable(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the clock."""
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows(run_dir)]
+    clock = ("tokens_per_s", "data_wait")
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows(run_dir)]
 
 
 def saved(run_dir: Path, step: int, part: str = "trained") -> Arrays:

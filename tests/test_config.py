@@ -73,7 +73,7 @@ def test_every_problem_is_in_one_error_with_its_line(refusal):
         "line 9: log: given twice, first on line 8",
         "override: lora.rnk = 3: unknown key; did you mean lora.rank?",
         "override: 'nonsense': must be key=value, like optim.lr=1e-4",
-        "override: data.packing = 'maybe': must be off or pack",
+        "override: data.packing = 'maybe': must be one of off, bucket, pack",
     ]
 
 

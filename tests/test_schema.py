@@ -87,7 +87,7 @@ def test_an_empty_list_and_a_broken_regex_are_refused(override):
 OUT_OF_RANGE = {
     "model.dtype": "float16",
     "data.format": "sharegpt",
-    "data.packing": "bucket",
+    "data.packing": "sorted",
     "data.train_on": "user",
     "data.overlong": "split",
     "data.transform": "codev",
@@ -148,6 +148,6 @@ def test_every_key_has_its_range_tested():
 
 
 def test_a_refused_choice_names_the_allowed_ones():
-    assert "data.packing = 'bucket': must be off or pack" in refusal("data.packing=bucket")
+    assert "data.packing = 'sorted': must be one of off, bucket, pack" in refusal("data.packing=sorted")
     message = refusal("optim.schedule=cosin")
     assert "must be one of cosine, linear, constant; did you mean cosine?" in message
