@@ -5,6 +5,7 @@ Which process does a chunk changes nothing: a chunk's result is a function of th
 
 import hashlib
 import inspect
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -112,14 +113,14 @@ class Encoder:
 
 
 def encode(chunks: Iterable[Chunk], encoder: Encoder, pool: Any, alone: int) -> Iterator[Encoded]:
-    """Every chunk's result, in order. The first `alone` chunks are done here: starting processes costs seconds."""
+    """Every chunk's result, in order. The first `alone` chunks are done here, and more until the processes are ready:
+    starting them takes seconds, in which a small file is done."""
     waiting = iter(chunks)
-    for _, chunk in zip(range(alone), waiting, strict=False):
+    for number, chunk in enumerate(waiting):
+        if pool is not None and number >= alone and pool.ready():
+            yield from pool.ordered(itertools.chain([chunk], waiting))
+            return
         yield encoder(chunk)
-    if pool is None:
-        yield from map(encoder, waiting)
-    else:
-        yield from pool.ordered(waiting)
 
 
 def arrays(encoded: Encoded) -> dict[str, np.ndarray]:

@@ -242,6 +242,11 @@ def files_of(section: Section, path: str | Sequence[str] | None = None) -> list[
     return expand(section.path if path is None else path, "data.path" if path is None else "data.validation")
 
 
+def form_of(section: Section) -> str:
+    """The format of the first row, named or detected."""
+    return next((chunk.form for chunk in chunks(files_of(section), section, 1, Account())), section.format)
+
+
 def chunks(
     files: Sequence[DataFile], section: Section, limit: int | None, account: Account, each: bool = False
 ) -> Iterator[Chunk]:

@@ -31,19 +31,24 @@ def cores() -> int:
 
 
 class Pool:
-    """Started when the first chunk comes, ended by close."""
+    """Started when it is first asked whether it is ready, ended by close."""
 
     def __init__(self, settings: Settings, folder: Path, count: int):
         self._job, self._count = (settings, folder), count
         self._processes: list[subprocess.Popen] = []
-        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()  # and whether it has greeted
+        self._first: Connection | None = None
         self._threads: ThreadPoolExecutor | None = None
+
+    def ready(self) -> bool:
+        """Whether the first process can take a chunk; the first question starts them."""
+        if self._threads is None:
+            self._start()
+        return self._first.poll(0)
 
     def ordered(self, chunks: Iterable[Chunk]) -> Iterator[Encoded]:
         under_way: deque[Future[Encoded]] = deque()
         for chunk in chunks:
-            if self._threads is None:
-                self._start()
             under_way.append(self._threads.submit(self._ask, chunk))
             if len(under_way) > AHEAD * self._count:
                 yield under_way.popleft().result()
@@ -60,7 +65,7 @@ class Pool:
         if self._threads is not None:  # each blocked read ended with its process
             self._threads.shutdown(wait=True)
         while not self._idle.empty():
-            self._idle.get().close()
+            self._idle.get()[0].close()
 
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parents[1])
@@ -75,19 +80,22 @@ class Pool:
                 ))  # fmt: skip
             connection = Connection(ours.detach())
             connection.send(self._job)
-            self._idle.put(connection)
+            self._idle.put((connection, False))
+            self._first = self._first or connection
         self._threads = ThreadPoolExecutor(self._count, "tokenise")
 
     def _ask(self, chunk: Chunk) -> Encoded:
-        connection = self._idle.get()
+        connection, greeted = self._idle.get()
         try:
+            if not greeted:
+                connection.recv()
             connection.send(chunk)
             kind, found = connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             connection.close()
             raise RunError("a process that tokenises has ended; its message stands above. Where memory was short, set "
                            "data.workers lower") from None  # fmt: skip
-        self._idle.put(connection)
+        self._idle.put((connection, True))
         if kind == "wrong":
             raise UserError(found)
         return found
@@ -109,6 +117,7 @@ def serve(fd: int) -> None:
         encoder = Encoder(settings, Tokenizer(folder))
     except UserError as error:
         failed = str(error)
+    connection.send("ready")
     while True:
         try:
             chunk = connection.recv()

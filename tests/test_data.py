@@ -173,7 +173,7 @@ def test_malformed_lines_are_all_named_by_line_in_one_error_that_is_capped(tmp_p
     prepared = prepare(Section(path, format="messages"), Words())
     assert len(prepared) == 1 and prepared.rows == 37
     assert dict(prepared.dropped.counts) == {"not_JSON": 2, "not_UTF-8": 1, "wrong_format": 3, "wrong_role": 30}
-    assert "wrong_role     30 (bad.jsonl:6, bad.jsonl:7" in prepared.report()
+    assert re.search(r"wrong_role +30 \(bad.jsonl:6, bad.jsonl:7", prepared.report())
     message = refusal(Section(path, format="messages", strict=True))
     assert "36 of 37 rows cannot be used" in message
     assert re.search(r"not JSON \(2\):\n  bad.jsonl:2: column 15", message)

@@ -21,7 +21,8 @@ ORDER = """
     timeline walk buffers splash attention projection experts model lora loading loss job budget roofline advice
     flags optim step program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
     patch difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text sweep
-    page plan_page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
+    page plan_page plan_cli display data_text data_page data_cli
+    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -30,7 +31,8 @@ WITHOUT_JAX = """
     shards weights sizes tokenizer datafiles records turns formats transforms rows encoding workers tokens packing
     selection corpus data hlo trips flops traffic links work timeline walk buffers
     job budget roofline advice flags compiling runs metrics blas staging stage patch difference sandbox verilog
-    subject calibration workload page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
+    subject calibration workload page plan_cli display data_text data_page data_cli
+    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
     cli
 """.split()
 
