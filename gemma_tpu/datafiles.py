@@ -45,7 +45,17 @@ class DataFile:
                 stream = open(self.where, "rb")
         except OSError as error:
             raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
-        return gzip.open(stream) if self.name.endswith(".gz") else stream
+        return _Gzip(fileobj=stream) if self.name.endswith(".gz") else stream
+
+
+class _Gzip(gzip.GzipFile):
+    """Closes what it reads from."""
+
+    def close(self) -> None:
+        under = self.fileobj
+        super().close()
+        if under is not None:
+            under.close()
 
 
 class _Ranges(io.RawIOBase):
@@ -112,7 +122,7 @@ def _files(name: str, origin: int) -> list[DataFile]:
             raise UserError(f"{path}: a folder without data files ({', '.join(KINDS)}, also .gz)")
         return [_local(p, origin) for p in inside]
     if re.search(r"[*?\[]", path.name):
-        inside = sorted(p for p in path.parent.glob(path.name) if p.is_file()) if path.parent.is_dir() else []
+        inside = sorted(p for p in path.parent.glob(path.name) if p.is_file() and not _hidden(p, path.parent))
         if not inside:
             raise UserError(f"{path}: no file fits the pattern")
         return [_local(p, origin) for p in inside]
@@ -142,11 +152,12 @@ def _remote(url: str, origin: int) -> list[DataFile]:
             raise UserError(f"{url}: a dataset of the hub is written hf://datasets/org/name[@revision][?split=train], "
                             "a file of it hf://datasets/org/name/file.jsonl")  # fmt: skip
     folder, _, last = url.rstrip("/").rpartition("/")
-    source = BucketSource(folder)
     pattern = bool(re.search(r"[*?\[]", last))
-    files = source.list()
-    found = [file for file in files.values() if fnmatch(file.name, last)] if pattern else [
-        file for file in (files.get(last),) if file]  # fmt: skip
+    found, source = [], None
+    if not folder.endswith(":/"):  # else `last` is a whole bucket
+        source = BucketSource(folder)
+        files = source.list().values()
+        found = [file for file in files if (fnmatch(file.name, last) if pattern else file.name == last)]
     if not found and not pattern:
         source = BucketSource(url)
         found = [file for file in source.list(recursive=True).values() if kind_of(file.name)]

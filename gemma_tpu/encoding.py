@@ -85,6 +85,10 @@ class Encoder:
                 out.account.fault(RowFault("template", str(error)), row.place.text)
             else:
                 out.add(row, ids, mask)
+        said = getattr(self._tokenizer, "said", None)  # what the template left out, as the tokenizer counts it
+        if said:
+            out.account.said.update(said)
+            said.clear()
         return out
 
     def _tokens(self, row: Row) -> tuple[list[int], list[bool]]:

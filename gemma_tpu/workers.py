@@ -22,6 +22,8 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.rows import Chunk
 
 AHEAD = 3  # chunks for each process that are read before the first of them is needed
+_ENDED = ("a process that tokenises has ended; its message stands above. Where memory was short, set data.workers "
+          "lower")  # fmt: skip
 _START = "import sys; sys.path[:0] = sys.argv[2:]; from gemma_tpu import workers; workers.serve(int(sys.argv[1]))"
 
 
@@ -36,7 +38,7 @@ class Pool:
     def __init__(self, settings: Settings, folder: Path, count: int):
         self._job, self._count = (settings, folder), count
         self._processes: list[subprocess.Popen] = []
-        self._idle: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()  # and whether it has greeted
+        self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()  # and whether it has greeted
         self._first: Connection | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -62,10 +64,14 @@ class Pool:
         for process in self._processes:
             process.kill()
             process.wait()
+        for _ in range(self._count):
+            self._idle.put(None)
         if self._threads is not None:  # each blocked read ended with its process
             self._threads.shutdown(wait=True)
         while not self._idle.empty():
-            self._idle.get()[0].close()
+            taken = self._idle.get()
+            if taken is not None:
+                taken[0].close()
 
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parents[1])
@@ -85,7 +91,10 @@ class Pool:
         self._threads = ThreadPoolExecutor(self._count, "tokenise")
 
     def _ask(self, chunk: Chunk) -> Encoded:
-        connection, greeted = self._idle.get()
+        taken = self._idle.get()
+        if taken is None:
+            raise RunError(_ENDED)
+        connection, greeted = taken
         try:
             if not greeted:
                 connection.recv()
@@ -93,8 +102,8 @@ class Pool:
             kind, found = connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             connection.close()
-            raise RunError("a process that tokenises has ended; its message stands above. Where memory was short, set "
-                           "data.workers lower") from None  # fmt: skip
+            self._idle.put(None)  # whoever waits for a process must not wait for this one
+            raise RunError(_ENDED) from None
         self._idle.put((connection, True))
         if kind == "wrong":
             raise UserError(found)
