@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, devices, plan_cli, runs
+from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
+  gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them
   gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml      does it fit, how fast, how much: before anything is rented
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
@@ -277,6 +278,7 @@ def _add_configured(commands: Any) -> None:
         one = _command(commands, name, run, about, f"gemma-tpu {name} configs/tiny_cpu.yaml train.steps=20")
         one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
         one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optim.lr=1e-4")
+    data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
 
 

@@ -10,7 +10,7 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.schema import Config
 
 # May change between a run and its continuation: what is logged and how often it is saved.
-FREE = ("log.", "checkpoint.", "run_dir", "mesh.", "model.path", "recipe")
+FREE = ("log.", "checkpoint.", "run_dir", "mesh.", "model.path", "recipe", "data.cache", "data.workers")
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,26 @@ def _is_regex(value: str) -> bool:
     return _is_text(value)
 
 
+Format = Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "text", "trajectory", "preference"]
+FORMATS = get_args(Format)
+TRANSFORMS = ("codev_r1",)  # those that ship
+
+
+def _is_transform(value: str) -> bool:
+    return value in TRANSFORMS or (_is_text(value) and re.fullmatch(r".+:[A-Za-z_]\w*", value) is not None)
+
+
+class Names(dict):
+    """A mapping that is never changed, so that a config can be compared and hashed like any value."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 Text = Annotated[str, Rule("text (printable, not empty)", _is_text)]
 Texts = Annotated[tuple[Text, ...], Rule("a list of text, not empty", bool)]
+Transform = Annotated[str, Rule(f"{', '.join(TRANSFORMS)}, your own function as module:function", _is_transform)]
+Transforms = Annotated[tuple[Transform, ...], Rule("a list of those, not empty", bool)]
 Pattern = Annotated[str, Rule('"all", a valid regular expression', _is_regex)]
 Positive = Annotated[int, Rule("an integer of at least 1", lambda n: n >= 1)]
 Count = Annotated[int, Rule("an integer of at least 0", lambda n: n >= 0)]
@@ -53,6 +71,8 @@ Seed = Annotated[int, Rule("an integer from 0 to 4294967295", lambda n: 0 <= n <
 Above0 = Annotated[float, Rule("a number above 0", lambda x: x > 0)]
 From0 = Annotated[float, Rule("a number of at least 0", lambda x: x >= 0)]
 Below1 = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Rule("a share of the rows, above 0 and below 1", lambda x: 0 < x < 1)]
+Weights = Annotated[tuple[Above0, ...], Rule("a list of numbers above 0, not empty", bool)]
 Kept = Annotated[
     tuple[Activation | Offloaded, ...],
     Rule(f"a list of the activations to keep, out of {', '.join(get_args(Activation))} (or q@host … in host memory), "
@@ -68,15 +88,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: Text | Texts = "bundled:tiny_verilog/train.jsonl"
-    format: Literal["auto", "messages", "prompt"] = "auto"
-    transform: Literal["codev_r1"] | None = None  # rewrites each row before it is rendered
-    validation: Text | None = "bundled:tiny_verilog/validation.jsonl"
+    path: Text | Texts = "bundled:tiny_verilog/train.jsonl"  # files, folders, patterns, URLs, datasets of the hub
+    weights: Weights | None = None  # shares of the rows, one for each path
+    format: Format = "auto"
+    columns: dict[Text, Text] = field(default_factory=Names)  # our name of a column: its name in the data
+    transform: Transform | Transforms | None = None  # rewrites each row before it is rendered
+    strict: bool = False  # a row that cannot be used ends the run instead of being left out and counted
+    validation: Text | Texts | Share | None = "bundled:tiny_verilog/validation.jsonl"
     max_seq_len: Length = 320
     packing: Literal["off", "bucket", "pack"] = "pack"
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     overlong: Literal["drop", "truncate", "error"] = "drop"
     limit: Positive | None = None  # use the first so many rows
+    cache: Text | None = "~/.cache/gemma_tpu/tokens"  # folder of tokenised rows; null: tokenise at every start
+    workers: Positive | None = None  # processes that tokenise; null: one for each core
 
 
 @dataclass(frozen=True)
@@ -173,6 +198,13 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train.steps", "train.epochs"),
             f"train.steps ({train.steps}) or train.epochs ({train.epochs}): give exactly one of the two",
         )
+    data = config.data
+    paths = 1 if isinstance(data.path, str) else len(data.path)
+    if data.weights is not None and len(data.weights) != paths:
+        yield (
+            ("data.weights", "data.path"),
+            f"data.weights ({len(data.weights)} numbers) must have one for each of data.path ({paths})",
+        )
     given = [f"mesh.{axis}" for axis in MESH_AXES if getattr(mesh, axis) != 1]
     if mesh.auto and given:
         yield ("mesh.auto", *given), f"mesh.auto chooses every axis itself: remove it, or {', '.join(given)}"
@@ -204,6 +236,9 @@ def cast(kind: Any, value: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(cast(args[0], item) for item in value)
+    elif origin is dict:
+        if isinstance(value, dict):
+            return Names({cast(args[0], key): cast(args[1], item) for key, item in value.items()})
     elif kind is float:
         return _number(value)
     elif type(value) is kind:  # exact: a bool is no int
@@ -234,6 +269,8 @@ def words(kind: Any) -> str:
         return " or ".join(map(str, args)) if len(args) < 3 else f"one of {', '.join(map(str, args))}"
     if origin is tuple:
         return f"a list of {words(args[0])}"
+    if origin is dict:
+        return "a mapping of names to names, like {prompt: question}"
     return {bool: "true or false", types.NoneType: "null"}[kind]
 
 

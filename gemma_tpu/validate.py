@@ -17,7 +17,7 @@ from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import Base
-from gemma_tpu.rows import Reader, paths_of
+from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config, DataConfig
 from gemma_tpu.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def validate(config: Config) -> Findings:
         found.attempt(lambda: _inject(found, config, model))
         _check_split(found, config, model)
     _check_rows(found, config.data, tokenizer, "data.path")
-    if config.data.validation is not None:
+    if config.data.validation is not None and not isinstance(config.data.validation, float):
         _check_rows(found, replace(config.data, path=config.data.validation), tokenizer, "data.validation")
     return found
 
@@ -124,17 +124,19 @@ def _check_split(found: Findings, config: Config, model: Decoder) -> None:
 
 def _check_rows(found: Findings, section: DataConfig, tokenizer: Tokenizer | None, key: str) -> None:
     """The first rows, rendered as training will render them; without a tokenizer only read."""
-    section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS))
+    # Without the rules on the whole: a share of few rows may be none of them.
+    section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS), validation=None,
+                      weights=None, cache=None)  # fmt: skip
 
     def check() -> str:
         if tokenizer is not None:
             rows = prepare(section, tokenizer)
             dropped = f", {rows.dropped.total()} dropped" if rows.dropped.total() else ""
             return f"{key}: {rows.rows} first rows render{dropped}, {rows.target_tokens:,} target tokens"
-        reader = Reader(paths_of(section.path), section.format, section.transform, section.limit)
+        reader = Reader(section)
         count = sum(1 for _ in reader)
-        reader.raise_refused()
-        return f"{key}: {count} first rows read"
+        refused = reader.account.refused.total()
+        return f"{key}: {count} first rows read" + (f", {refused} cannot be used" if refused else "")
 
     told = found.attempt(check, key)
     if told is not None:

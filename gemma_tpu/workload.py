@@ -7,9 +7,10 @@ import numpy as np
 
 from gemma_tpu.corpus import prepare
 from gemma_tpu.data import make_loader
+from gemma_tpu.datafiles import is_here
 from gemma_tpu.errors import UserError
 from gemma_tpu.packing import best_fit
-from gemma_tpu.rows import Reader, paths_of
+from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config
 from gemma_tpu.tokenizer import Tokenizer
 
@@ -33,11 +34,7 @@ class Workload:
 
 def workload(config: Config) -> Workload:
     """Counted from the rows, else estimated from their text, else from what is known of the dataset."""
-    try:
-        here = all(path.is_file() for path in paths_of(config.data.path))
-    except UserError:
-        here = False
-    if not here:
+    if not is_here(config.data.path):
         return _without_rows(config)
     try:
         tokenizer = Tokenizer(config.model.path)
@@ -63,13 +60,11 @@ def _counted(config: Config, tokenizer: Tokenizer) -> Workload:
 def _from_text(config: Config) -> Workload:
     """No tokenizer here: the rows' characters stand for their tokens."""
     data = config.data
-    reader = Reader(paths_of(data.path), data.format, data.transform, data.limit)
     lengths = np.array([
-        math.ceil(sum(len(turn["content"]) for turn in row.messages) / CHARACTERS_PER_TOKEN)
+        math.ceil(row.characters / CHARACTERS_PER_TOKEN)
         + TURN_TOKENS * len(row.messages)
-        for row in reader
+        for row in Reader(data)
     ], dtype=np.int64)  # fmt: skip
-    reader.raise_refused()
     kept = lengths[lengths <= data.max_seq_len] if data.overlong != "truncate" else lengths.clip(max=data.max_seq_len)
     if not len(kept):
         raise UserError(f"no row of data.path is short enough for data.max_seq_len {data.max_seq_len}")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 
 from gemma_tpu.data import Loader, Prepared, make_loader, prepare
 from gemma_tpu.errors import UserError
-from gemma_tpu.rows import codev_answer
+from gemma_tpu.transforms import codev_answer
 
 BOS, PAD, TURN = 1, 0, 2
 
@@ -55,6 +55,11 @@ class Section:
     limit: int | None = None
     validation: str | None = None
     transform: str | None = None
+    weights: list[float] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    strict: bool = False
+    cache: str | None = None
+    workers: int | None = 1
 
 
 def write(path: Path, rows: list) -> str:
@@ -166,16 +171,20 @@ def test_missing_files_are_all_named(tmp_path: Path) -> None:
 
 def test_malformed_lines_are_all_named_by_line_in_one_error_that_is_capped(tmp_path: Path) -> None:
     rows = [pair("a", "b"), '{"messages": [', b'{"prompt": "\xff"}', "[1]", {"prompt": "a", "response": "b"}]
-    rows += [{"messages": [{"role": "tool", "content": "x"}]}] * 30
+    rows += [{"messages": [{"role": "owner", "content": "x"}]}] * 30
     rows += [{"text": "x"}, {"messages": [{"role": "user", "content": {"image": 1}}]}]
     path = write(tmp_path / "bad.jsonl", rows)
-    message = refusal(Section(path, format="messages"))
+    prepared = prepare(Section(path, format="messages"), Words())
+    assert len(prepared) == 1 and prepared.rows == 37
+    assert dict(prepared.dropped.counts) == {"not_JSON": 2, "not_UTF-8": 1, "wrong_format": 3, "wrong_role": 30}
+    assert re.search(r"wrong_role +30 \(bad.jsonl:6, bad.jsonl:7", prepared.report())
+    message = refusal(Section(path, format="messages", strict=True))
     assert "36 of 37 rows cannot be used" in message
-    assert re.search(r"not JSON \(2\):\n  \S+bad.jsonl:2: column 15", message)
-    assert "bad.jsonl:4: the line is a JSON list, not an object" in message
-    assert re.search(r"not UTF-8 \(1\):\n  \S+bad.jsonl:3: byte 12 of the line is 0xff", message)
+    assert re.search(r"not JSON \(2\):\n  bad.jsonl:2: column 15", message)
+    assert "bad.jsonl:4: it is a JSON list, not an object" in message
+    assert re.search(r"not UTF-8 \(1\):\n  bad.jsonl:3: byte 12 of the line is 0xff", message)
     assert "wrong role (30):" in message and "… and 25 more" in message
-    assert "bad.jsonl:6: message 0 has role 'tool', not one of system, user, assistant" in message
+    assert "bad.jsonl:6: message 0 has role 'owner', not one of system, user, assistant" in message
     assert "bad.jsonl:36: 'messages' is missing" in message
     assert "bad.jsonl:37: the content of message 0 is not text (dict)" in message
     assert len(message.splitlines()) < 25
@@ -189,10 +198,11 @@ def test_half_a_surrogate_pair_is_named_as_undecodable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, rule",
     [
-        ({"text": "x"}, "needs 'messages', or 'prompt' with a response or completion; has text"),
+        ({"question": "x"}, "needs messages, conversations, prompt with response or completion"),
+        ({"question": "x"}, "Name the columns in data.columns, like {prompt: question, response: answer}"),
         ({"prompt": "x"}, "needs 'prompt' and one of 'response', 'completion'; has prompt"),
         ({"messages": ["x"]}, 'message 0 is not {"role": …, "content": …}'),
-        ('[{"prompt": "a"},', "a file holds one JSON object a line, not one array"),
+        ('[{"prompt": "a"},', "a .jsonl file holds one JSON object a line, an array is a .json file"),
     ],
 )
 def test_a_row_of_another_shape_is_refused_with_the_shape_needed(tmp_path: Path, row, rule: str) -> None:
@@ -209,7 +219,8 @@ def test_a_row_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
     three = {"messages": [{"role": "user", "content": "x"}] * 3}
     path = write(tmp_path / "r.jsonl", [pair("a", "b"), three])
     with pytest.raises(UserError, match=r"r.jsonl:2: roles must alternate"):
-        prepare(Section(path), Strict())
+        prepare(Section(path, strict=True), Strict())
+    assert dict(prepare(Section(path), Strict()).dropped.counts) == {"template": 1}
 
 
 # CodeV-R1
@@ -330,7 +341,7 @@ def test_a_dataset_whose_rows_are_all_too_long_is_refused_with_their_lengths(tmp
 
 def test_a_dataset_emptied_for_several_reasons_is_refused_with_all_of_them(tmp_path: Path) -> None:
     message = refusal(Section(write(tmp_path / "r.jsonl", [pair("a", ""), pair("a", "b " * 100)])))
-    assert "none of the 2 rows is left" in message and "empty: 1" in message and "too_long: 1" in message
+    assert "none of the 2 rows is left" in message and "empty (1)" in message and "too long (1)" in message
 
 
 def test_train_on_last_assistant_targets_only_the_last_turn(tmp_path: Path) -> None:

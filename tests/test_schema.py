@@ -86,7 +86,10 @@ def test_an_empty_list_and_a_broken_regex_are_refused(override):
 
 OUT_OF_RANGE = {
     "model.dtype": "float16",
-    "data.format": "sharegpt",
+    "data.format": "chatml",
+    "data.weights": [1, 0],
+    "data.columns": {"prompt": 7},
+    "data.workers": 0,
     "data.packing": "sorted",
     "data.train_on": "user",
     "data.overlong": "split",
@@ -133,11 +136,13 @@ def test_every_range_is_held(key):
 
 
 def test_every_key_has_its_range_tested():
-    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress"}  # booleans
+    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress", "data.strict"}  # booleans
     words = {
         "model.path",
         "data.path",
         "data.validation",
+        "data.cache",
+        "train.compile_cache",
         "lora.targets",
         "lora.exclude",
         "run_dir",
@@ -145,6 +150,33 @@ def test_every_key_has_its_range_tested():
     }
     assert set(OUT_OF_RANGE) == set(KEYS) - no_range - words
     assert all(key.split(".")[0] in SECTIONS for key in OUT_OF_RANGE)
+
+
+def test_columns_are_a_mapping_that_can_be_hashed():
+    config = read("data.columns={prompt: question, response: answer}")
+    assert config.data.columns == {"prompt": "question", "response": "answer"}
+    assert hash(config) == hash(read("data.columns={response: answer, prompt: question}"))
+    assert "must be a mapping of names to names" in refusal("data.columns=[prompt]")
+
+
+def test_a_transform_is_shipped_or_a_place_to_find_it():
+    for name in ("codev_r1", "mine:shorten", "tools/mine.py:shorten"):
+        assert read(f"data.transform={name}").data.transform == name
+    assert read("data.transform=[codev_r1, 'mine:f']").data.transform == ("codev_r1", "mine:f")
+    assert "must be codev_r1, your own function as module:function" in refusal("data.transform=codev_r2")
+
+
+def test_held_out_rows_are_a_file_or_a_share():
+    assert read("data.validation=0.05").data.validation == 0.05
+    assert read("data.validation=[a.jsonl, b.jsonl]").data.validation == ("a.jsonl", "b.jsonl")
+    for wrong in ("0", "1", "1.5", "[]"):
+        assert "data.validation = " in refusal(f"data.validation={wrong}")
+
+
+def test_there_is_a_weight_for_each_path():
+    assert read("data.path=[a, b]", "data.weights=[3, 1]").data.weights == (3.0, 1.0)
+    assert "data.weights (1 numbers) must have one for each of data.path (2)" in refusal(
+        "data.path=[a, b]", "data.weights=[1]")
 
 
 def test_a_refused_choice_names_the_allowed_ones():
