@@ -38,7 +38,7 @@ class Pool:
     def __init__(self, settings: Settings, folder: Path, count: int):
         self._job, self._count = (settings, folder), count
         self._processes: list[subprocess.Popen] = []
-        self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()  # and whether it has greeted
+        self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()  # and: has it greeted
         self._first: Connection | None = None
         self._threads: ThreadPoolExecutor | None = None
 
