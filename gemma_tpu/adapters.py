@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_tpu import loading, lora, runs
+from gemma_tpu import loading, lora, lowrank, runs
 from gemma_tpu.checkpoint import open_existing
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
+from gemma_tpu.variants import Architecture
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,6 @@ class Trained:
     values: dict[str, jax.Array]
 
     @property
-    def scale(self) -> float:
-        return self.record["adapter"]["alpha"] / self.record["adapter"]["rank"]
-
-    @property
     def base_folder(self) -> Path:
         return Path(self.record["base"]["folder"])
 
@@ -38,6 +35,10 @@ class Trained:
 
     def numpy(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(value) for path, value in self.values.items()}
+
+    def by_tensor(self, arch: Architecture) -> dict[str, lowrank.Adapter]:
+        """The adapter by the names of the base's tensors."""
+        return lowrank.by_tensor(arch, self.numpy(), self.record["adapter"])
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         if checkpoint.fingerprint() != self.record["base"]["fingerprint"]:
@@ -76,13 +77,13 @@ def load(
     if trained is not None:
         trained.check_base(checkpoint)
         if trained.is_lora:
-            lora.inject_like(model, trained.record["shapes"], trained.scale)
+            lora.inject_like(model, trained.record["shapes"], trained.record["adapter"])
     shardings, _ = loading.place(model, device_mesh, replicate_kv=True)
     loading.load_base(model, checkpoint, shardings)
     if trained is not None:
         wanted = {path: value.dtype for path, value in loading.variables(model).items()}
         values = {path: value.astype(wanted[path]) for path, value in trained.numpy().items()}
-        loading.assign(model, loading.put(values, shardings))
+        loading.assign(model, loading.put(values | lora.constants(model), shardings))
     return model
 
 

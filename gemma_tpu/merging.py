@@ -48,14 +48,10 @@ def merge(
 
 def updates_of(trained: Trained, arch: Architecture) -> dict[str, Update]:
     """What happens to which tensor of the checkpoint; raises if anything that was trained finds no place."""
-    values = trained.numpy()
     if trained.is_lora:
-        pairs = weights.split_lora(arch, values)
-        held, placed = sum(v.size for v in values.values()), sum(a.size + b.size for a, b in pairs.values())
-        if placed != held:  # a layer or a half of K and V that no tensor of the base takes
-            raise UserError(f"{trained.run}: {placed:,} of the adapter's {held:,} numbers have a place in the base")
-        return {hf: LowRank(b=b, a=a, scale=trained.scale) for hf, (a, b) in pairs.items()}
-    table = weights.by_path(arch)
+        wide = {hf: (one, *one.wide) for hf, one in trained.by_tensor(arch).items()}
+        return {hf: LowRank(b=b, a=a, scale=one.scale, magnitude=one.magnitude) for hf, (one, a, b) in wide.items()}
+    values, table = trained.numpy(), weights.by_path(arch)
     if unused := sorted(set(values) - set(table)):
         raise UserError("these trained tensors belong to no weight of the base:\n  " + "\n  ".join(unused))
     return {

@@ -29,9 +29,7 @@ def adapt(model: Decoder, config: Config) -> list[lora.Site]:
     if config.train.method == "full":
         model.trains = Base
         return []
-    section = config.lora
-    return lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                       alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+    return lora.inject_config(model, config.lora)
 
 
 def remat_of(config: Config, model: Decoder, mesh: Mesh) -> tuple[Remat, str | None]:
@@ -111,7 +109,7 @@ def build(
     if remat is None:
         remat, chosen = remat_of(config, model, mesh)
         notes += [chosen] if chosen else []
-    optimizer = optim.optimizer(config.optim, rate)
+    optimizer = optim.optimizer(config.optim, rate, optim.roles(model))
     parts, trained = step.take_apart(model)
     function = step.make_train_step(
         parts, optimizer, rate, remat=remat, seed=config.train.seed,
@@ -122,14 +120,9 @@ def build(
 
 
 def _state_shardings(optimizer, trained: step.Trained, shardings: Shardings, mesh: Mesh) -> dict[str, Any]:
-    """The optimizer's moments take the sharding of the tensor they belong to; everything else is replicated."""
-    whole = NamedSharding(mesh, PartitionSpec())
     of_trained = {path: shardings[path] for path in trained}
-    of_opt = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, trained), of_trained,
-        transform_non_params=lambda _: whole,
-    )  # fmt: skip
-    return {"trained": of_trained, "opt": of_opt, "step": whole}
+    of_opt = optim.state_shardings(jax.eval_shape(optimizer.init, trained), trained, of_trained)
+    return {"trained": of_trained, "opt": of_opt, "step": NamedSharding(mesh, PartitionSpec())}
 
 
 def abstract(model: Decoder, shardings: Shardings) -> None:

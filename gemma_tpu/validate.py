@@ -103,9 +103,7 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         model.trains = Base
         found.checked.append("train.method: full, every weight of the text tower")
         return
-    section = config.lora
-    chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                         alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+    chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
 
 

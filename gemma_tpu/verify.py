@@ -16,6 +16,7 @@ import numpy as np
 from gemma_tpu import adapters, difference, loading, merging
 from gemma_tpu.adapters import Trained
 from gemma_tpu.errors import UserError
+from gemma_tpu.lowrank import to_length
 from gemma_tpu.metrics import say
 from gemma_tpu.patch import Replace, Update
 from gemma_tpu.runs import RunFolder
@@ -109,7 +110,7 @@ def _exact(base: Checkpoint, name: str, update: Update, index: tuple[slice, ...]
         return update.array[index].astype(np.float64)
     exact = base.read_slice(name, index).astype(np.float64)
     exact += update.scale * (update.b[index].astype(np.float64) @ update.a[index].astype(np.float64))
-    return exact
+    return to_length(exact, None if update.magnitude is None else update.magnitude[index].astype(np.float64))
 
 
 def _compare_logits(
