@@ -33,6 +33,11 @@ class Trained:
     def is_lora(self) -> bool:
         return self.record["method"] == "lora"
 
+    @property
+    def quantised(self) -> str | None:
+        """How its base was held in training."""
+        return self.record["config"]["model"].get("quantise")
+
     def numpy(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(value) for path, value in self.values.items()}
 
@@ -64,16 +69,19 @@ def read(run: str | Path, step: int | None = None) -> Trained:
 
 def load(
     folder: str | Path, adapter: str | Path | Trained | None = None, mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, quantise: bool = True,
 ) -> Decoder:  # fmt: skip
     """The model of a checkpoint folder, in its own dtype unless another is asked for, on one device or a mesh.
 
-    `adapter` is a run folder: its latest checkpoint is applied, after a check that it was trained on this base.
+    `adapter` is a run folder: its latest checkpoint is applied, after a check that it was trained on this base. A
+    base that was quantised in training is so here, unless `quantise` is False.
     """
     checkpoint = open_checkpoint(Path(folder))
-    model, _ = loading.build(folder, dtype=dtype or own_dtype(checkpoint))
     device_mesh = loading.one_device_mesh() if mesh is None else mesh
     trained = None if adapter is None else adapter if isinstance(adapter, Trained) else read(adapter)
+    model, _ = loading.build(folder, dtype=dtype or own_dtype(checkpoint))
+    if trained is not None and quantise:
+        loading.hold_quantised(model, trained.quantised)
     if trained is not None:
         trained.check_base(checkpoint)
         if trained.is_lora:

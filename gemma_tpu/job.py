@@ -106,7 +106,7 @@ class Variable:
     path: str
     shape: tuple[int, ...]
     local: tuple[int, ...]  # of one device's shard
-    itemsize: int
+    itemsize: float  # of codes of four bits: 0.5
     trains: bool
     fsdp_dim: int | None  # the dim that fsdp splits
 
@@ -117,7 +117,7 @@ class Variable:
     @property
     def bytes(self) -> int:
         """Of one device's shard."""
-        return self.itemsize * padded(self.local)
+        return int(self.itemsize * padded(self.local))
 
 
 def padded(shape: tuple[int, ...]) -> int:
@@ -154,6 +154,7 @@ def _placed(arch: Architecture, job: Job) -> tuple[tuple[Variable, ...], int]:
     from gemma_tpu.projection import Base
 
     model = Decoder(arch, loading.DTYPES[job.dtype])
+    loading.hold_quantised(model, job.quantise)
     if job.method == "full":
         model.trains = Base
     else:
@@ -166,7 +167,8 @@ def _placed(arch: Architecture, job: Job) -> tuple[tuple[Variable, ...], int]:
     for path, variable in loading.variables(model).items():
         shape, sharding = tuple(variable.shape), shardings[path]
         split = [dim for dim, entry in enumerate(sharding.spec) if entry == "fsdp"]
-        found.append(Variable(path, shape, sharding.shard_shape(shape), variable.dtype.itemsize,
+        size = 0.5 if variable.dtype.name == "uint4" else variable.dtype.itemsize
+        found.append(Variable(path, shape, sharding.shard_shape(shape), size,
                               isinstance(variable, model.trains), split[0] if split else None))  # fmt: skip
     state = optim.state_shapes(job.optim, model, shardings)
     held = sum(padded(shard) * dtype.itemsize for shape, shard, dtype in state if shape)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gemma_tpu import quantise
 from gemma_tpu.mesh import gathered
 
 STACK = "C"
@@ -33,10 +34,20 @@ class Constant(nnx.Variable):
     """What belongs to an adapter or to a quantised weight, and never trains."""
 
 
-class Adapted(nnx.Module):
-    """The fields of one adapter. Each is independent of the others; without `lora_a` there is none."""
+class Linear(nnx.Module):
+    """A weight [out, in], whole or quantised, and the fields of one adapter, each independent of the others.
+
+    Without `lora_a` there is no adapter. A quantised weight's codes are in `w`, and what they need beside it.
+    """
+
+    w: Base
+    inputs: int  # how many of its last dims are contracted
 
     def __init__(self) -> None:
+        self.quantised: str | None = None
+        self.w_scale: Constant | None = nnx.data(None)
+        self.w_low: Constant | None = nnx.data(None)
+        self.w_step: Constant | None = nnx.data(None)
         self.lora_a: LoRA | None = nnx.data(None)
         self.lora_b: LoRA | None = nnx.data(None)
         self.lora_magnitude: LoRA | None = nnx.data(None)  # [out]: DoRA, the norm of each row of the sum
@@ -46,6 +57,18 @@ class Adapted(nnx.Module):
         self.lora_scale: float | tuple[float, ...] = 0.0
         self.lora_ranks: tuple[int, ...] = ()  # of each layer of the stack (of its K and its V); beyond it are zeros
         self.lora_dropout = 0.0
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight itself, or what a quantised one stands for."""
+        return self.decoded(self.parts(), dtype)
+
+    def parts(self) -> dict[str, jax.Array]:
+        return {name: value[...] for name in quantise.PARTS if (value := getattr(self, name)) is not None}
+
+    def decoded(self, parts: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        if self.quantised is None:
+            return parts["w"]
+        return quantise.decode(parts, self.quantised, self.inputs, jnp).astype(dtype)
 
     def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         if key is None or self.lora_dropout == 0:
@@ -60,17 +83,17 @@ class Adapted(nnx.Module):
         return b * scales.reshape(scales.shape + (1,) * (b.ndim - scales.ndim))
 
 
-class Projection(Adapted):
+class Projection(Linear):
     def __init__(self, name: str, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
                  repeats: int, dtype: jnp.dtype):  # fmt: skip
         super().__init__()
         self.name = name
         self.equation = equation
+        self.inputs = len(weight_letters(equation)[2])
         self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        w = self.w[...]
-        y = jnp.einsum(self.equation, x, w)
+        y = self._base(x)
         if self.lora_a is None:
             return y
         down, up = lora_equations(self.equation)
@@ -82,17 +105,24 @@ class Projection(Adapted):
             rank_dim = 1 if weight_letters(self.equation)[0] else 0
             a, b = jnp.concatenate([a, a0], axis=rank_dim), jnp.concatenate([b, -b0], axis=-1)
         y = y + _widen(up, checkpoint_name(h, "lora_h"), b)
-        return y if self.lora_magnitude is None else y * self._turned_to_length(w, a, b).astype(y.dtype)
+        return y if self.lora_magnitude is None else y * self._turned_to_length(a, b).astype(y.dtype)
+
+    def _base(self, x: jax.Array) -> jax.Array:
+        if self.quantised != "int8":
+            return jnp.einsum(self.equation, x, self.weight(x.dtype))
+        # The codes are exact in bfloat16, the scaled weights are not: rows are scaled after the product.
+        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        return (y.astype(jnp.float32) * self.w_step[...]).astype(x.dtype)
 
     def _whole_b(self, b: LoRA, dtype: jnp.dtype) -> jax.Array:
         return gathered(self._scaled(b[...]).astype(dtype), b.get_metadata()["axes"][1:])
 
-    def _turned_to_length(self, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def _turned_to_length(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Magnitude over norm, for each row of W + B A. The norm takes no gradient, and W + B A is never formed:
         |W + BA|^2 = |W|^2 + 2 <W, BA> + |BA|^2, each of which needs at most A W^T, as narrow as the rank."""
         stack, out, inside = weight_letters(self.equation)
         rows, full = stack + out, stack + out + inside
-        w, a, b = jax.lax.stop_gradient((w, a, b))
+        w, a, b = jax.lax.stop_gradient((self.weight(a.dtype), a, b))
         einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
         aw = einsum(f"{full},{stack}R{inside}->{rows}R", w, a)
         aa = einsum(f"{stack}R{inside},{stack}Q{inside}->{stack}RQ", a, a)
@@ -108,7 +138,7 @@ class Projection(Adapted):
         return jnp.where(scales.reshape(scales.shape + (1,) * (factor.ndim - scales.ndim)) == 0, 1.0, factor)
 
 
-class ExpertProjection(Adapted):
+class ExpertProjection(Linear):
     """The same linear map once for each expert: rows sorted by expert meet their expert's weight [E, out, in].
 
     Each expert is whole on its device, so this runs where nothing but the experts is split.
@@ -117,10 +147,11 @@ class ExpertProjection(Adapted):
     def __init__(self, name: str, shape: tuple[int, int, int], repeats: int, dtype: jnp.dtype):
         super().__init__()
         self.name = name
+        self.inputs = 1
         self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", "experts", None, None))
 
     def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y_tO = _ragged(x_tI, self.w[...], sizes_E)
+        y_tO = _ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
         if self.lora_a is None:
             return y_tO
         y_tO += self._low_rank(self._dropped(x_tI, key), self.lora_a[...], self.lora_b[...], sizes_E)

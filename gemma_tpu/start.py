@@ -38,10 +38,11 @@ def begin(model: Decoder, section: LoraConfig, seed: int, shardings: Mapping[str
 def _norms(site: Site, sharding: NamedSharding) -> jax.Array:
     out = len(site.b_shape(1)) - 1
 
-    def norms(w):
-        return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(out, w.ndim)))
+    def norms(parts):
+        w = site.projection.decoded(parts, jnp.float32).astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(w), axis=range(out, w.ndim)))
 
-    return jax.jit(norms, out_shardings=sharding)(site.projection.w[...])
+    return jax.jit(norms, out_shardings=sharding)(site.projection.parts())
 
 
 def _singular(site: Site, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
@@ -52,28 +53,29 @@ def _singular(site: Site, shardings: Mapping[str, NamedSharding]) -> dict[str, j
     scales, ranks = (np.asarray(x).reshape(site.lead + (1,) * len(stack)) for x in (scales, one.lora_ranks))
     scales, ranks = (np.broadcast_to(x, site.b_dims) for x in (scales, ranks))
     run = jax.jit(
-        partial(_of_stack, dims=site.b_dims, rank=max(one.lora_ranks), a_shape=one.lora_a.shape,
+        partial(_of_stack, decoded=one.decoded, dims=site.b_dims, rank=max(one.lora_ranks), a_shape=one.lora_a.shape,
                 b_shape=one.lora_b.shape),
         out_shardings=(shardings[f"{path}.lora_a"], shardings[f"{path}.lora_b"]),
     )  # fmt: skip
     with jax.default_matmul_precision("highest"):
-        a, b = run(one.w[...], scales, ranks)
+        a, b = run(one.parts(), scales, ranks)
     return {f"{path}.lora_a": a, f"{path}.lora_b": b, f"{path}.lora_a0": jnp.copy(a), f"{path}.lora_b0": jnp.copy(b)}
 
 
-def _of_stack(w, scales, ranks, *, dims, rank, a_shape, b_shape):
+def _of_stack(parts, scales, ranks, *, decoded, dims, rank, a_shape, b_shape):
     """One weight after the other: a stack's singular vectors at once would be as large as several layers."""
     outside = int(np.prod(b_shape[len(dims) : -1]))
 
     def one(given):
-        w, scale, own = given
-        u_OR, s_R, v_RI = _largest(w.reshape(outside, -1).astype(jnp.float32), rank)
+        parts, scale, own = given
+        w_OI = decoded(parts, jnp.float32).astype(jnp.float32).reshape(outside, -1)
+        u_OR, s_R, v_RI = _largest(w_OI, rank)
         root_R = jnp.sqrt(s_R / jnp.where(scale == 0, 1, scale)) * (jnp.arange(rank) < own)
         return root_R[:, None] * v_RI, u_OR * root_R
 
     for _ in dims:
         one = partial(jax.lax.map, one)
-    a, b = one((w, scales, ranks))
+    a, b = one((parts, scales, ranks))
     return a.reshape(a_shape), b.reshape(b_shape)
 
 

@@ -69,7 +69,9 @@ def validate(config: Config) -> Findings:
 
 def _model(found: Findings, config: Config) -> Decoder:
     """The model as shapes, once the headers of its checkpoint promise every tensor."""
-    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    model, checkpoint = loading.build(
+        config.model.path, dtype=config.model.dtype, quantise=config.model.quantise
+    )
     weights.check(checkpoint, model.arch)
     found.checked.append(
         f"checkpoint: {config.model.path}, {len(model.arch.layers)} layers, {len(checkpoint.names())} "

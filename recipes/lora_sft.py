@@ -20,7 +20,9 @@ def main(config: Config) -> dict[str, Any]:
     run = runs.open_run(config)
 
     # The base as shapes: config.json and the headers are read, no weight yet.
-    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    model, checkpoint = loading.build(
+        config.model.path, dtype=config.model.dtype, quantise=config.model.quantise
+    )
 
     # The mesh, with every head count held against tp before anything is allocated.
     rows = config.train.batch_size // config.train.accumulation

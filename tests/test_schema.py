@@ -86,6 +86,7 @@ def test_an_empty_list_and_a_broken_regex_are_refused(override):
 
 OUT_OF_RANGE = {
     "model.dtype": "float16",
+    "model.quantise": "fp4",
     "data.format": "sharegpt",
     "data.packing": "bucket",
     "data.train_on": "user",
@@ -96,6 +97,10 @@ OUT_OF_RANGE = {
     "lora.rank": 0,
     "lora.alpha": 0,
     "lora.dropout": 1,
+    "lora.rank_pattern": {"q_proj": 0},
+    "lora.alpha_pattern": {"(": 8},
+    "lora.layers": [-1],
+    "lora.init": "olora",
     "mesh.data": 0,
     "mesh.fsdp": -4,
     "mesh.tp": 0,
@@ -111,7 +116,10 @@ OUT_OF_RANGE = {
     "optim.name": "adam",
     "optim.lr": 0,
     "optim.schedule": "poly",
+    "optim.loraplus_ratio": 0,
     "optim.warmup_steps": -1,
+    "optim.warmup_ratio": 1,
+    "optim.decay_ratio": 0,
     "optim.weight_decay": -0.1,
     "optim.clip": 0,
     "optim.b1": 1,
@@ -133,7 +141,7 @@ def test_every_range_is_held(key):
 
 
 def test_every_key_has_its_range_tested():
-    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress"}  # booleans
+    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress", "lora.rslora", "lora.dora"}  # booleans
     words = {
         "model.path",
         "data.path",
@@ -142,6 +150,7 @@ def test_every_key_has_its_range_tested():
         "lora.exclude",
         "run_dir",
         "recipe",
+        "train.compile_cache",
     }
     assert set(OUT_OF_RANGE) == set(KEYS) - no_range - words
     assert all(key.split(".")[0] in SECTIONS for key in OUT_OF_RANGE)
@@ -150,4 +159,4 @@ def test_every_key_has_its_range_tested():
 def test_a_refused_choice_names_the_allowed_ones():
     assert "data.packing = 'bucket': must be off or pack" in refusal("data.packing=bucket")
     message = refusal("optim.schedule=cosin")
-    assert "must be one of cosine, linear, constant; did you mean cosine?" in message
+    assert "must be one of cosine, linear, constant, wsd; did you mean cosine?" in message
