@@ -109,6 +109,7 @@ class Variable:
     itemsize: float  # of codes of four bits: 0.5
     trains: bool
     fsdp_dim: int | None  # the dim that fsdp splits
+    parameters: int  # that a model has in it; scales and zeros are none
 
     @property
     def elements(self) -> int:
@@ -163,13 +164,14 @@ def _placed(arch: Architecture, job: Job) -> tuple[tuple[Variable, ...], int]:
     shape = tuple(job.size(axis) for axis in meshes.AXES)
     mesh = AbstractMesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
     shardings, _ = loading.place(model, mesh, job.replicate_kv)
-    found = []
+    found, shares = [], lora.shares(model)
     for path, variable in loading.variables(model).items():
         shape, sharding = tuple(variable.shape), shardings[path]
         split = [dim for dim, entry in enumerate(sharding.spec) if entry == "fsdp"]
         size = 0.5 if variable.dtype.name == "uint4" else variable.dtype.itemsize
-        found.append(Variable(path, shape, sharding.shard_shape(shape), size,
-                              isinstance(variable, model.trains), split[0] if split else None))  # fmt: skip
+        share = 1.0 if isinstance(variable, Base) else shares.get(path, 0.0)
+        found.append(Variable(path, shape, sharding.shard_shape(shape), size, isinstance(variable, model.trains),
+                              split[0] if split else None, round(share * math.prod(shape))))  # fmt: skip
     state = optim.state_shapes(job.optim, model, shardings)
     held = sum(padded(shard) * dtype.itemsize for shape, shard, dtype in state if shape)
     return tuple(found), held

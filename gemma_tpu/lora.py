@@ -235,5 +235,17 @@ def trained(site: Site) -> int:
     return (a + b) // count * sizes + rows
 
 
+def shares(model: Decoder) -> dict[str, float]:
+    """How much of each adapter tensor trains: what is beyond a layer's own rank, and PiSSA's start, does not."""
+    found = {}
+    for site in sites(model):
+        if (ranks := site.projection.lora_ranks):
+            inside = sum(ranks) / (len(ranks) * max(ranks))
+            chosen = sum(rank > 0 for rank in ranks) / len(ranks)
+            found |= {f"{site.path}.lora_a": inside, f"{site.path}.lora_b": inside,
+                      f"{site.path}.lora_magnitude": chosen}  # fmt: skip
+    return found
+
+
 def count(model: Decoder) -> int:
     return sum(trained(site) for site in sites(model) if site.projection.lora_a is not None)

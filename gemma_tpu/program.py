@@ -88,14 +88,33 @@ class Program:
         return jax.device_put(batch, self.rows)
 
     def lower(self, state: step.State, batch: step.Batch) -> jax.stages.Lowered:
-        # The state must come back in the shardings it went in with, or step 2 would compile again.
-        jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.state_shardings, self.whole))
         with jax.set_mesh(self.mesh):
-            return jitted.lower(state, self.parts.frozen, batch)
+            return self._jitted(None).lower(state, self.parts.frozen, batch)
 
-    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> jax.stages.Compiled:
+    def _jitted(self, options: dict[str, Any] | None) -> Any:
+        # The state must come back in the shardings it went in with, or step 2 would compile again.
+        shardings = (self.state_shardings, self.whole)
+        return jax.jit(self.function, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+
+    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> Any:
         options = flags.for_mesh(self.mesh) | (more or {})
-        return lowered.compile(compiler_options=options or None)
+        compiled = lowered.compile(compiler_options=options or None)
+        four_bits = any(leaf.dtype.name == "uint4" for leaf in jax.tree.leaves(self.parts.frozen))
+        return _ByJit(compiled, self._jitted(options or None)) if four_bits else compiled
+
+
+class _ByJit:
+    """A compiled program that is called through jit. JAX 0.10 turns down arrays of four bits where it is called
+    itself: it takes them to be laid out otherwise than the program has them. The compile cache gives jit the same."""
+
+    def __init__(self, compiled: jax.stages.Compiled, jitted: Any):
+        self._compiled, self._jitted = compiled, jitted
+
+    def __call__(self, *args: Any) -> Any:
+        return self._jitted(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
 
 
 def build(
