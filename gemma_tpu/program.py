@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_tpu import advice, chips, flags, loading, lora, optim, step
+from gemma_tpu import advice, chips, flags, loading, lora, optim, preference, step
 from gemma_tpu import mesh as meshes
 from gemma_tpu.model import Decoder, Remat
 from gemma_tpu.projection import Base
@@ -25,7 +25,8 @@ BATCH = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, 
 
 
 def adapt(model: Decoder, config: Config) -> list[lora.Site]:
-    """Choose what trains: adapters beside a frozen base, or the base itself (then there are no sites)."""
+    """Choose what trains, and for what: adapters beside a frozen base, or the base itself (then there are no sites)."""
+    model.objective = preference.objective(config)
     if config.train.method == "full":
         model.trains = Base
         return []

@@ -144,6 +144,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceConfig:
+    loss: Literal["dpo", "dpo_norm", "ipo", "simpo"] | None = None  # of recipes/dpo.py; null: no pairs
+    beta: Above0 = 0.1  # how fast the loss turns with the difference of scores
+    margin: From0 = 0.0  # what a chosen answer must be ahead by (SimPO's gamma)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: Positive = 100  # updates
     keep: Positive = 3
@@ -163,6 +170,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(auto=True))
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run_dir: Text = "runs/tiny_cpu"
@@ -211,6 +219,15 @@ def _adapter_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         if config.model.quantise:
             told = f"train.method: full trains the base, and model.quantise ({config.model.quantise}) freezes it"
             yield ("train.method", "model.quantise"), f"{told}: remove one of the two"
+    prefers, has_pairs = config.preference, config.recipe.rpartition("/")[2] == "dpo.py"
+    if (prefers.loss is None) == has_pairs or (prefers.loss is None and prefers != PreferenceConfig()):
+        told = f"preference.loss ({'null' if prefers.loss is None else prefers.loss}) and recipe ({config.recipe})"
+        yield ("preference.loss", "recipe"), f"{told}: a run on pairs has both, a loss and dpo.py; any other has neither"
+    if prefers.loss == "ipo" and prefers.margin:
+        yield ("preference.margin", "preference.loss"), f"preference.margin ({prefers.margin}): ipo has none; remove it"
+    if prefers.loss not in (None, "simpo") and config.train.method == "full":
+        told = f"preference.loss ({prefers.loss}) takes its reference from the base with the adapter off"
+        yield ("preference.loss", "train.method"), f"{told}: train.method must be lora, or the loss simpo"
     if optim.warmup_ratio is not None and optim.warmup_steps:
         told = f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio})"
         yield ("optim.warmup_steps", "optim.warmup_ratio"), f"{told}: give one of the two"

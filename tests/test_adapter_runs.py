@@ -1,5 +1,7 @@
 """Whole runs with adapters and bases of other kinds: trained on a mesh, resumed, loaded, merged, and proved."""
 
+import shutil
+
 import numpy as np
 import pytest
 from runs_helper import run_config, saved, tensors, train
@@ -13,6 +15,9 @@ from gemma_tpu.verify import verify
 
 ADAPTER = ("lora.dora=true", "lora.init=pissa", "lora.rslora=true", "lora.rank_pattern={mlp.up_proj: 6}",
            "lora.layers=[0, 1, 3]", "lora.dropout=0.1")  # fmt: skip
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +62,11 @@ def test_a_run_on_the_base_as_it_is_has_nothing_to_dequantise(whole_run, tmp_pat
         gemma_tpu.merge(whole_run, out=tmp_path / "merged", onto="dequantised")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_a_run_that_stops_and_goes_on_ends_where_the_unbroken_one_does(base32, compile_cache, tmp_path, name):
     more = (f"optim.name={name}", "train.steps=4", "checkpoint.every=2", *ADAPTER)
     train(run_config(base32, tmp_path / "whole", *more))
     train(run_config(base32, tmp_path / "again", *more))
-    import shutil
-
     shutil.rmtree(tmp_path / "again/checkpoints/4")
     train(run_config(base32, tmp_path / "again", *more))
     whole, again = (saved(tmp_path / place, 4) for place in ("whole", "again"))
@@ -73,7 +75,6 @@ def test_a_run_that_stops_and_goes_on_ends_where_the_unbroken_one_does(base32, c
     assert lowrank.PARTS[3] in {path.rpartition(".")[2] for path in whole}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
 def test_full_fine_tuning_of_a_small_model_by_every_optimizer(base32, compile_cache, tmp_path, name):
     summary = train(run_config(base32, tmp_path / "run", f"optim.name={name}", "train.method=full", "train.steps=3"))

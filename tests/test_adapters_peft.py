@@ -147,9 +147,8 @@ def test_forward_and_gradients_are_pefts(tiny, name):
         assert not (path.endswith("0") and grad.any()), path
 
 
-@pytest.mark.parametrize("kind", [
-    "all at once", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("patterns", "dora", "pissa")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["all at once", "patterns", "dora", "pissa"])
 def test_what_merges_is_what_the_model_with_its_adapter_computes(tiny, tmp_path, kind):
     """And PEFT's own merge gives the same weights."""
     from gemma_tpu.patch import LowRank, write_patched
@@ -173,6 +172,7 @@ def test_what_merges_is_what_the_model_with_its_adapter_computes(tiny, tmp_path,
         np.testing.assert_allclose(ours, theirs[hf].numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_pissa_starts_where_pefts_does_and_changes_nothing_yet(tiny):
     folder = tiny(**SMALL, text_only=True)
     model, values, record = adapted(folder, mesh_of(), begun=True, init="pissa")
@@ -227,6 +227,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(tiny, kind, split):
 # --- what an update may not touch --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_updates_leave_alone_what_lies_beyond_a_layers_rank_and_where_pissa_started(tiny):
     import optax
 

@@ -127,7 +127,7 @@ def dequantised(folder, model):
     return plain
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_logits_and_gradients_are_those_of_the_dequantised_weights(tiny, kind):
     folder = tiny(**SMALL)
     model = quantised(folder, kind)
@@ -144,7 +144,8 @@ def test_logits_and_gradients_are_those_of_the_dequantised_weights(tiny, kind):
         assert relative_error(grads[path], grad) <= 1e-4, path
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_loads_the_same_codes_and_gives_the_same_loss(tiny, kind):
     folder, found, held = tiny(**EVEN), [], []
     for mesh in (mesh_of(), mesh_of(2, 2)):
@@ -167,7 +168,7 @@ def test_routed_experts_are_quantised_too(tmp_path, kind, mesh):
     from gemma_tpu import mesh as meshes
 
     devices = jax.devices()[: 4 if mesh else 1]
-    folder = arch_helper.write(tmp_path / "moe", arch_helper.ARCHS["gemma4-26b-a4b"])
+    folder = arch_helper.write(tmp_path / "moe", arch_helper.CASES["gemma4-26b-a4b"])
     model = quantised(folder, kind, meshes.build(mesh, devices))
     assert any(site.of_experts for site in lora.sites(model))
     batch = padded_rows(model.arch.vocab, 32)

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "gemma_tpu"
 # A module imports only from those to its left.
 ORDER = """
     errors assets schema config chips devices variants hf_config torus mesh retry remote hub sources transfer
-    header shards weights lowrank quantise streaming sizes tokenizer rows packing corpus data hlo trips flops traffic
+    header shards weights lowrank quantise streaming sizes tokenizer rows packing corpus data pairs hlo trips flops traffic
     links work timeline walk buffers splash attention projection experts model sites lora loading start optim loss job
-    budget roofline advice flags step program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
+    budget roofline advice flags step preference program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
     patch difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text sweep
     page plan_page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
