@@ -21,7 +21,6 @@ from gemma_tpu.runs import RunFolder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
 from gemma_tpu.variants import Architecture
 
-
 Onto = Literal["original", "dequantised"]
 
 

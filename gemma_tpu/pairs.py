@@ -119,8 +119,10 @@ def _encoded(tokenizer: Tokenizer, messages: Messages, train_on: str) -> Encoded
 class PairLoader:
     """Batches of pairs by step index alone, as `data.Loader` has them of rows; `train` takes either."""
 
-    def __init__(self, rows: PairRows, *, max_seq_len: int, packing: str, batch_size: int, accumulation: int,
-                 seed: int, epochs: int | None = None, steps: int | None = None, keep_partial: bool = False):  # fmt: skip
+    def __init__(
+        self, rows: PairRows, *, max_seq_len: int, packing: str, batch_size: int, accumulation: int, seed: int,
+        epochs: int | None = None, steps: int | None = None, keep_partial: bool = False,
+    ):  # fmt: skip
         self.rows, self.max_seq_len, self.seed = rows, max_seq_len, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         lengths = np.sort(rows.lengths)[::-1]

@@ -222,7 +222,7 @@ def _adapter_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     prefers, has_pairs = config.preference, config.recipe.rpartition("/")[2] == "dpo.py"
     if (prefers.loss is None) == has_pairs or (prefers.loss is None and prefers != PreferenceConfig()):
         told = f"preference.loss ({'null' if prefers.loss is None else prefers.loss}) and recipe ({config.recipe})"
-        yield ("preference.loss", "recipe"), f"{told}: a run on pairs has both, a loss and dpo.py; any other has neither"
+        yield ("preference.loss", "recipe"), f"{told}: a run on pairs has a loss and dpo.py; any other has neither"
     if prefers.loss == "ipo" and prefers.margin:
         yield ("preference.margin", "preference.loss"), f"preference.margin ({prefers.margin}): ipo has none; remove it"
     if prefers.loss not in (None, "simpo") and config.train.method == "full":

@@ -237,7 +237,8 @@ def test_each_optimizers_own_state_is_counted(big):
     found = {name: memory(big, replace(job(), optim=OptimConfig(name=name))) for name in
              ("adamw", "lion", "adafactor", "muon")}  # fmt: skip
     assert found["adamw"].moments == 2 * found["adamw"].lora
-    assert found["lion"].moments == found["muon"].moments == found["lion"].lora
+    assert found["lion"].moments == found["lion"].lora
+    assert found["muon"].moments == pytest.approx(found["lion"].lora, rel=1e-4)
     assert found["adafactor"].moments == pytest.approx(found["adafactor"].lora, rel=0.01)  # too narrow to factor
     full = job(method="full")
     whole = memory(big, full).moments

@@ -279,7 +279,8 @@ def test_injecting_what_a_checkpoint_holds_restores_the_same_places(tiny):
     }
     assert again.blocks[0][0].mlp.up_proj.lora_scale == 2.0
     with pytest.raises(UserError) as error:
-        lora.inject_like(again, shapes | {"blocks.9.0.mlp.up_proj.lora_a": ((1, 4, 40), "float32")}, {"rank": 4, "alpha": 8})
+        stray = {"blocks.9.0.mlp.up_proj.lora_a": ((1, 4, 40), "float32")}
+        lora.inject_like(again, shapes | stray, {"rank": 4, "alpha": 8})
     assert "blocks.9.0.mlp.up_proj.lora_a" in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""A base in fewer bits: the codes against bitsandbytes' published ones, the model against its own dequantised weights."""
+"""A base in fewer bits: its codes against bitsandbytes', the model against its own dequantised weights."""
 
 import jax
 import jax.numpy as jnp
