@@ -28,11 +28,15 @@ rank, alpha = 3, 6.0
 kind = getattr(transformers, json.loads((folder / "base/config.json").read_text())["architectures"][0])
 
 
-def adapted():
-    base = kind.from_pretrained(folder / "base", dtype=torch.float32)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names,
-                                                      task_type="CAUSAL_LM"))
+names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")
+
+
+def base():
+    return kind.from_pretrained(folder / "base", dtype=torch.float32)
+
+
+def filled(model):
     values = np.load(folder / "adapter.npz")
     with torch.no_grad():
         for hf in {name[2:] for name in values}:
@@ -50,7 +54,7 @@ found = {}
 for name, how in json.loads(sys.argv[2]).items():
     if name == "simpo":
         from trl.experimental.cpo import CPOTrainer
-        model = adapted().eval()
+        model = filled(peft.get_peft_model(base(), lora)).eval()
         with torch.no_grad():
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -61,8 +65,9 @@ for name, how in json.loads(sys.argv[2]).items():
         continue
     args = trl.DPOConfig(output_dir=str(folder / "out"), loss_type=[how["theirs"]], beta=how["beta"], use_cpu=True,
                          report_to="none", bf16=False, gradient_checkpointing=False, disable_dropout=True)
-    trainer = trl.DPOTrainer(model=adapted(), args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.model.eval()
+    # Of an adapter that is there already TRL makes a copy for its reference: so it gets it afterwards.
+    trainer = trl.DPOTrainer(model=base(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    filled(trainer.model).eval()
     with torch.no_grad():
         found[name] = trainer._compute_loss(trainer.model, inputs, False).item()
 print("RESULT", json.dumps(found))
