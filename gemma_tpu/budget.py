@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gemma_tpu.chips import Slice
 from gemma_tpu.errors import UserError
-from gemma_tpu.job import LANES, Job, Variable, placed
+from gemma_tpu.job import LANES, Job, Variable, moments, placed
 from gemma_tpu.variants import Architecture, Layer
 
 GIB = 2**30
@@ -169,7 +169,7 @@ def memory(arch: Architecture, job: Job, place: Slice | None = None, fit: Fit = 
     return Memory(
         weights=trained if full else frozen,
         lora=0.0 if full else trained,
-        moments=2 * trained,
+        moments=moments(arch, job) / GIB,
         gradients=fit.gradients * trained,
         saved=saved(arch, job),
         gathered=fit.layers_gathered * whole / GIB if job.size("fsdp") > 1 else 0.0,

@@ -147,14 +147,14 @@ def merge(args: argparse.Namespace) -> tuple[Result, int]:
 
     # Without --out the run's own merged/ is written, which is this command's to replace.
     overwrite = True if args.overwrite else None
-    return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite), 0
+    return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite, onto=args.onto), 0
 
 
 def verify(args: argparse.Namespace) -> tuple[Result, int]:
     run = _run_folder(args.run_dir)
     from gemma_tpu.verify import verify
 
-    result = verify(run, merged=args.merged, step=args.step)
+    result = verify(run, merged=args.merged, step=args.step, onto=args.onto)
     return result, 0 if result["ok"] else 1
 
 
@@ -307,12 +307,19 @@ def _add_merge_and_verify(commands: Any) -> None:
     one.add_argument("--out", type=Path, help="folder to write; by default the run's own merged/")
     one.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
     one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
+    _add_onto(one)
 
     example = "gemma-tpu verify runs/tiny_cpu"
     about = "prove a merge: tensors, logits, and transformers where torch is installed"
     one = _command(commands, "verify", verify, about, example)
     _add_run_dir(one)
     one.add_argument("--merged", type=Path, help="the merged folder; by default the run's own merged/")
+    _add_onto(one)
+
+
+def _add_onto(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--onto", choices=("original", "dequantised"), default="original",
+                     help="of a run on a quantised base: the weights as they are in its files, or as training saw them")
 
 
 def _add_sample(commands: Any) -> None:

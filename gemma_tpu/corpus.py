@@ -84,6 +84,10 @@ class Prepared:
         span = slice(self.starts[row], self.starts[row] + self.lengths[row])
         return self.ids[span], self.mask[span]
 
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What lies on the sheet of a row, one segment each."""
+        return [self[row]]
+
     @cached_property
     def tokens(self) -> int:
         return int(self.lengths.sum())

@@ -8,20 +8,32 @@ A batch has one length, and all batches have it but with packing "bucket", whose
 Shapes: N kept rows, S sheets an epoch, B sheets a batch, T tokens a sheet, W widths.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from gemma_tpu.corpus import Prepared, prepare
 from gemma_tpu.errors import UserError
-from gemma_tpu.packing import Bins, best_fit, bucket_widths, fill, longest_first, one_each
+from gemma_tpu.packing import Bins, Encoded, best_fit, bucket_widths, fill, longest_first, one_each
 
 __all__ = ["Batch", "BatchIterator", "Loader", "Prepared", "make_loader", "prepare"]
 
 Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """What batches are made of: `corpus.Prepared`, or pairs, of which both pieces stay together."""
+
+    lengths: np.ndarray
+    tokens: int
+    fingerprint: int
+    pad_id: int
+
+    def __len__(self) -> int: ...
+    def pieces(self, row: int) -> Sequence[Encoded]: ...
 
 
 AHEAD = 2  # batches that lie on the devices before their step
@@ -87,7 +99,7 @@ class Loader:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: Rows,
         bins: Bins,
         *,
         widths: np.ndarray,
@@ -118,7 +130,7 @@ class Loader:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step counted from 0, every leaf [accumulation, batch_size // accumulation, T]."""
-        sheets = [[self.prepared[row] for row in rows] for rows in self._sheets(step)]
+        sheets = [[piece for row in rows for piece in self.prepared.pieces(row)] for rows in self._sheets(step)]
         sheets += [[]] * (self.batch_size - len(sheets))
         width = self.width_of(step)
         batch = fill(sheets, width, self.prepared.pad_id)
@@ -208,7 +220,7 @@ class Loader:
 
 
 def make_loader(
-    prepared: Prepared,
+    prepared: Rows,
     *,
     max_seq_len: int,
     packing: str,

@@ -230,6 +230,7 @@ class Decoder(nnx.Module):
         ])
         self.final_norm = Norm(arch, arch.hidden, None, dtype)
         self.trains: type[nnx.Variable] = LoRA  # what goes through the scan as input
+        self.objective = None  # what it trains for; None: the cross entropy of every target
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -29,6 +29,8 @@ import numpy as np
 
 from gemma_tpu.blas import single_threaded
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.lowrank import to_length
+from gemma_tpu.quantise import round_trip
 from gemma_tpu.shards import Checkpoint, Shard, TensorInfo
 from gemma_tpu.staging import staged, walk_names, write_file
 
@@ -42,11 +44,17 @@ _BLOCK_ELEMENTS = 1 << 20  # 8 MiB in float64: a worker's block stays near its c
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scale * b @ a, with b [O, R] and a [R, I]; for a stack of experts b [E, O, R] and a [E, R, I]."""
+    """W + scale * b @ a, with b [O, R] and a [R, I]; for a stack of experts b [E, O, R] and a [E, R, I].
+
+    With a magnitude [O] (DoRA), each row of that sum is then scaled to this length. `quantised`, a kind and a block:
+    W is taken as a run saw it that held it so.
+    """
 
     b: np.ndarray
     a: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    quantised: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,10 @@ def _misfits(info: TensorInfo, parts: Sequence[LowRank | Replace]) -> Iterator[s
             if part.array.dtype != info.dtype and not {part.array.dtype, info.dtype} <= {*FLOATS}:
                 yield f"{part.array.dtype} cannot replace {info.dtype}"
             continue
+        if part.quantised and len(parts) > 1:
+            yield "only a single update can quantise the base"
+        if part.magnitude is not None and (list(part.magnitude.shape) != shape[:-1] or len(parts) > 1):
+            yield f"a magnitude {list(part.magnitude.shape)} must be that of the rows of {shape}, in the only update"
         b, a = list(part.b.shape), list(part.a.shape)
         if len(a) != len(b) or len(b) not in (2, 3) or b[-1] != a[-2] or a[:-2] != b[:-2] or [*b[:-1], a[-1]] != shape:
             yield f"b {b} @ a {a} must give the base's {shape}"
@@ -180,7 +192,8 @@ def _misfits(info: TensorInfo, parts: Sequence[LowRank | Replace]) -> Iterator[s
 
 
 def _is_finite(part: LowRank) -> bool:
-    return bool(math.isfinite(part.scale) and np.isfinite(part.b).all() and np.isfinite(part.a).all())
+    arrays = [part.b, part.a, *([] if part.magnitude is None else [part.magnitude])]
+    return math.isfinite(part.scale) and all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
@@ -306,8 +319,17 @@ def _add_block(base: Checkpoint, info: TensorInfo, parts: tuple[LowRank, ...], i
     sum_OI = b_OR @ a_RI
     largest = float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
     # bfloat16 widens to float32 without loss, and numpy adds in place only what it knows itself.
-    sum_OI += old_OI.astype(np.float32) if old_OI.dtype.itemsize < 4 else old_OI
+    old = old_OI.astype(np.float32) if old_OI.dtype.itemsize < 4 else old_OI
+    sum_OI += seen(old, parts[0])
+    if parts[0].magnitude is not None:  # blocks hold whole rows
+        sum_OI = to_length(sum_OI, np.asarray(parts[0].magnitude[index], np.float64))
+        largest = float(np.abs(sum_OI - old).max(initial=0.0))
     return _finish(info, old_OI, sum_OI, largest)
+
+
+def seen(w_OI: np.ndarray, update: LowRank) -> np.ndarray:
+    """The base's rows as the update's run computed with them."""
+    return w_OI if update.quantised is None else round_trip(w_OI, *update.quantised)
 
 
 def _replace_block(base: Checkpoint, info: TensorInfo, edit: Replace, index: Index) -> tuple:

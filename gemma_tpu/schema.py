@@ -52,11 +52,11 @@ def _is_transform(value: str) -> bool:
     return value in TRANSFORMS or (_is_text(value) and re.fullmatch(r".+:[A-Za-z_]\w*", value) is not None)
 
 
-class Names(dict):
-    """A mapping that is never changed, so that a config can be compared and hashed like any value."""
+class Table(dict):
+    """A mapping in a config. Hashable, as a config is; nobody changes it."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
+        return hash(tuple(self.items()))
 
 
 Text = Annotated[str, Rule("text (printable, not empty)", _is_text)]
@@ -64,6 +64,7 @@ Texts = Annotated[tuple[Text, ...], Rule("a list of text, not empty", bool)]
 Transform = Annotated[str, Rule(f"{', '.join(TRANSFORMS)}, your own function as module:function", _is_transform)]
 Transforms = Annotated[tuple[Transform, ...], Rule("a list of those, not empty", bool)]
 Pattern = Annotated[str, Rule('"all", a valid regular expression', _is_regex)]
+Regex = Annotated[str, Rule("a valid regular expression", _is_regex)]
 Positive = Annotated[int, Rule("an integer of at least 1", lambda n: n >= 1)]
 Count = Annotated[int, Rule("an integer of at least 0", lambda n: n >= 0)]
 Length = Annotated[int, Rule("an integer of at least 2 (a token and the one it predicts)", lambda n: n >= 2)]
@@ -73,6 +74,7 @@ From0 = Annotated[float, Rule("a number of at least 0", lambda x: x >= 0)]
 Below1 = Annotated[float, Rule("a number from 0 to below 1", lambda x: 0 <= x < 1)]
 Share = Annotated[float, Rule("a share of the rows, above 0 and below 1", lambda x: 0 < x < 1)]
 Weights = Annotated[tuple[Above0, ...], Rule("a list of numbers above 0, not empty", bool)]
+Ratio = Annotated[float, Rule("a number above 0 and up to 1", lambda x: 0 < x <= 1)]
 Kept = Annotated[
     tuple[Activation | Offloaded, ...],
     Rule(f"a list of the activations to keep, out of {', '.join(get_args(Activation))} (or q@host … in host memory), "
@@ -84,6 +86,7 @@ Kept = Annotated[
 class ModelConfig:
     path: Text = "models/tiny-base"  # folder of the base checkpoint
     dtype: Literal["bfloat16", "float32"] = "float32"  # of the base weights and activations
+    quantise: Literal["int8", "nf4"] | None = None  # how the frozen base is held: by rows, or in blocks of 4 bits
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class DataConfig:
     path: Text | Texts = "bundled:tiny_verilog/train.jsonl"  # files, folders, patterns, URLs, datasets of the hub
     weights: Weights | None = None  # shares of the rows, one for each path
     format: Format = "auto"
-    columns: dict[Text, Text] = field(default_factory=Names)  # our name of a column: its name in the data
+    columns: dict[Text, Text] = Table()  # our name of a column: its name in the data
     transform: Transform | Transforms | None = None  # rewrites each row before it is rendered
     strict: bool = False  # a row that cannot be used ends the run instead of being left out and counted
     validation: Text | Texts | Share | None = "bundled:tiny_verilog/validation.jsonl"
@@ -111,6 +114,12 @@ class LoraConfig:
     rank: Positive = 32
     alpha: Above0 = 64.0
     dropout: Below1 = 0.0
+    rank_pattern: dict[Regex, Positive] = Table()  # other ranks, by the end of a module's path, as PEFT has them
+    alpha_pattern: dict[Regex, Above0] = Table()
+    layers: tuple[Count, ...] | None = None  # adapters in these layers alone; null: in all
+    rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
+    dora: bool = False  # the length of each row trains by itself
+    init: Literal["kaiming", "pissa"] = "kaiming"  # random A and zero B | the base's largest singular values
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     lr: Above0 = 3e-3  # the peak, after warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    loraplus_ratio: Above0 = 1.0  # the rate of B over that of A: LoRA+
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: Count = 20
-    weight_decay: From0 = 0.001
+    warmup_ratio: Below1 | None = None  # the same as a share of the run; either this or warmup_steps
+    decay_ratio: Ratio | None = None  # of wsd: the last share of the run, in which the rate falls; null: 0.2
+    weight_decay: From0 = 0.001  # of matrices; norms, scalars and magnitudes have none
     clip: Above0 | None = 1.0  # global norm of the gradients; null: no clipping
-    b1: Below1 = 0.9
-    b2: Below1 = 0.999
-    eps: Above0 = 1e-8
+    b1: Below1 | None = None  # null, here and below: the optimizer's own
+    b2: Below1 | None = None
+    eps: Above0 | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    loss: Literal["dpo", "dpo_norm", "ipo", "simpo"] | None = None  # of recipes/dpo.py; null: no pairs
+    beta: Above0 = 0.1  # how fast the loss turns with the difference of scores
+    margin: From0 = 0.0  # what a chosen answer must be ahead by (SimPO's gamma)
 
 
 @dataclass(frozen=True)
@@ -169,6 +188,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(auto=True))
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run_dir: Text = "runs/tiny_cpu"
@@ -181,6 +201,7 @@ MESH_AXES = ("data", "fsdp", "tp", "expert")
 # the other side is not meant: `train.steps=5` must work on a file with epochs. The values: of an unused side.
 ALTERNATIVES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"train.steps": None}, {"train.epochs": None}),
+    ({"optim.warmup_steps": 0}, {"optim.warmup_ratio": None}),
     ({"mesh.auto": False}, {f"mesh.{axis}": 1 for axis in MESH_AXES}),
 )
 
@@ -198,6 +219,7 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train.steps", "train.epochs"),
             f"train.steps ({train.steps}) or train.epochs ({train.epochs}): give exactly one of the two",
         )
+    yield from _adapter_conflicts(config)
     data = config.data
     paths = 1 if isinstance(data.path, str) else len(data.path)
     if data.weights is not None and len(data.weights) != paths:
@@ -208,6 +230,42 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     given = [f"mesh.{axis}" for axis in MESH_AXES if getattr(mesh, axis) != 1]
     if mesh.auto and given:
         yield ("mesh.auto", *given), f"mesh.auto chooses every axis itself: remove it, or {', '.join(given)}"
+
+
+def _adapter_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that would do nothing, or that no arithmetic can serve together."""
+    optim, lora, plain = config.optim, config.lora, LoraConfig()
+    if config.train.method == "full":
+        given = [f"lora.{key}" for key in ("rank_pattern", "alpha_pattern", "layers", "rslora", "dora", "init")
+                 if getattr(lora, key) != getattr(plain, key)]  # fmt: skip
+        given += ["optim.loraplus_ratio"] * (optim.loraplus_ratio != 1)
+        if given:
+            yield ("train.method", *given), f"train.method: full has no adapter: remove {', '.join(given)}"
+        if config.model.quantise:
+            told = f"train.method: full trains the base, and model.quantise ({config.model.quantise}) freezes it"
+            yield ("train.method", "model.quantise"), f"{told}: remove one of the two"
+    prefers, has_pairs = config.preference, config.recipe.rpartition("/")[2] == "dpo.py"
+    if (prefers.loss is None) == has_pairs or (prefers.loss is None and prefers != PreferenceConfig()):
+        told = f"preference.loss ({'null' if prefers.loss is None else prefers.loss}) and recipe ({config.recipe})"
+        yield ("preference.loss", "recipe"), f"{told}: a run on pairs has a loss and dpo.py; any other has neither"
+    if prefers.loss == "ipo" and prefers.margin:
+        yield ("preference.margin", "preference.loss"), f"preference.margin ({prefers.margin}): ipo has none; remove it"
+    if prefers.loss not in (None, "simpo") and config.train.method == "full":
+        told = f"preference.loss ({prefers.loss}) takes its reference from the base with the adapter off"
+        yield ("preference.loss", "train.method"), f"{told}: train.method must be lora, or the loss simpo"
+    if optim.warmup_ratio is not None and optim.warmup_steps:
+        told = f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio})"
+        yield ("optim.warmup_steps", "optim.warmup_ratio"), f"{told}: give one of the two"
+    if optim.decay_ratio is not None and optim.schedule != "wsd":
+        yield (
+            ("optim.decay_ratio", "optim.schedule"),
+            f"optim.decay_ratio ({optim.decay_ratio}) is of the schedule wsd; this one is {optim.schedule}",
+        )
+    if optim.schedule == "wsd" and (optim.warmup_ratio or 0) + (optim.decay_ratio or 0.2) > 1:
+        told = f"optim.warmup_ratio ({optim.warmup_ratio}) and optim.decay_ratio ({optim.decay_ratio or 0.2})"
+        yield ("optim.warmup_ratio", "optim.decay_ratio"), f"{told} are more than the whole run"
+    if optim.name == "lion" and optim.eps is not None:
+        yield ("optim.eps", "optim.name"), f"optim.eps ({optim.eps}): lion has none; remove it"
 
 
 class Mismatch(Exception):
@@ -238,7 +296,7 @@ def cast(kind: Any, value: Any) -> Any:
             return tuple(cast(args[0], item) for item in value)
     elif origin is dict:
         if isinstance(value, dict):
-            return Names({cast(args[0], key): cast(args[1], item) for key, item in value.items()})
+            return Table({cast(args[0], key): cast(args[1], item) for key, item in value.items()})
     elif kind is float:
         return _number(value)
     elif type(value) is kind:  # exact: a bool is no int
@@ -270,7 +328,7 @@ def words(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {words(args[0])}"
     if origin is dict:
-        return "a mapping of names to names, like {prompt: question}"
+        return f"a mapping of {words(args[0])} to {words(args[1])}"
     return {bool: "true or false", types.NoneType: "null"}[kind]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_tpu import devices, metrics, program, step
+from gemma_tpu import devices, lora, metrics, program, step
 from gemma_tpu import mesh as meshes
 from gemma_tpu.checkpoint import Checkpoints, shapes_of
 from gemma_tpu.config import to_dict
@@ -71,11 +71,10 @@ class Trainer:
         return latest
 
     def record(self, data_state: dict[str, Any]) -> dict[str, Any]:
-        lora, method = self.config.lora, self.config.train.method
         return {
             "config": to_dict(self.config), "data": data_state, "base": self.base, "version": self.version,
-            "method": method, "shapes": shapes_of(self.state["trained"]),
-            "adapter": {"rank": lora.rank, "alpha": lora.alpha} if method == "lora" else None,
+            "method": self.config.train.method, "shapes": shapes_of(self.state["trained"]),
+            "adapter": lora.record(self.model, self.config.lora) if self.config.train.method == "lora" else None,
         }  # fmt: skip
 
     # --- running ----------------------------------------------------------------------------------------------

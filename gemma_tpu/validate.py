@@ -16,6 +16,7 @@ from gemma_tpu import assets, loading, lora, mesh, weights
 from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
+from gemma_tpu.pairs import PairRows
 from gemma_tpu.projection import Base
 from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config, DataConfig
@@ -61,15 +62,18 @@ def validate(config: Config) -> Findings:
     if model is not None:
         found.attempt(lambda: _inject(found, config, model))
         _check_split(found, config, model)
-    _check_rows(found, config.data, tokenizer, "data.path")
+    check = _check_rows if config.preference.loss is None else _check_pairs
+    check(found, config.data, tokenizer, "data.path")
     if config.data.validation is not None and not isinstance(config.data.validation, float):
-        _check_rows(found, replace(config.data, path=config.data.validation), tokenizer, "data.validation")
+        check(found, replace(config.data, path=config.data.validation), tokenizer, "data.validation")
     return found
 
 
 def _model(found: Findings, config: Config) -> Decoder:
     """The model as shapes, once the headers of its checkpoint promise every tensor."""
-    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    model, checkpoint = loading.build(
+        config.model.path, dtype=config.model.dtype, quantise=config.model.quantise
+    )
     weights.check(checkpoint, model.arch)
     found.checked.append(
         f"checkpoint: {config.model.path}, {len(model.arch.layers)} layers, {len(checkpoint.names())} "
@@ -103,9 +107,7 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         model.trains = Base
         found.checked.append("train.method: full, every weight of the text tower")
         return
-    section = config.lora
-    chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                         alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+    chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
 
 
@@ -120,6 +122,15 @@ def _check_split(found: Findings, config: Config, model: Decoder) -> None:
     fixes = found.attempt(lambda: loading.place(model, abstract, section.replicate_kv)[1])
     if fixes is not None:
         found.checked.append(f"shardings: every tensor fits the mesh, {len(fixes)} kept whole")
+
+
+def _check_pairs(found: Findings, section: DataConfig, tokenizer: Tokenizer | None, key: str) -> None:
+    """The first pairs; without a tokenizer they are not looked at, which is said above."""
+    if tokenizer is not None:
+        section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS))
+        told = found.attempt(lambda: PairRows(section, tokenizer).report(), key)
+        if told is not None:
+            found.checked.append(f"{key}: of the first lines, {told}")
 
 
 def _check_rows(found: Findings, section: DataConfig, tokenizer: Tokenizer | None, key: str) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 from gemma_tpu import adapters, difference, loading, merging
 from gemma_tpu.adapters import Trained
 from gemma_tpu.errors import UserError
+from gemma_tpu.lowrank import to_length
+from gemma_tpu.merging import Onto
 from gemma_tpu.metrics import say
-from gemma_tpu.patch import Replace, Update
+from gemma_tpu.patch import Replace, Update, seen
 from gemma_tpu.runs import RunFolder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
 from gemma_tpu.tokenizer import Tokenizer
@@ -43,7 +45,10 @@ class Report:
             self.failures.append(failure)
 
 
-def verify(run_dir: str | Path, *, merged: str | Path | None = None, step: int | None = None) -> dict[str, Any]:
+def verify(
+    run_dir: str | Path, *, merged: str | Path | None = None, step: int | None = None, onto: Onto = "original"
+) -> dict[str, Any]:
+    """`onto`: what `merge` was told of it."""
     trained = adapters.read(run_dir, step)
     base = open_checkpoint(trained.base_folder)
     trained.check_base(base)
@@ -52,20 +57,20 @@ def verify(run_dir: str | Path, *, merged: str | Path | None = None, step: int |
         raise UserError(f"{folder} does not exist; run `gemma-tpu merge {run_dir}` first")
     target = open_checkpoint(folder)
     report = Report({"merged": str(folder), "step": trained.step, "clients": {}})
-    _compare_tensors(report, trained, base, target)
+    _compare_tensors(report, trained, base, target, onto)
     if not report.failures:  # logits of a folder with missing or reshaped tensors mean nothing
         tokens_BT, segments_BT = _probe(trained.base_folder)
-        logits = _compare_logits(report, trained, folder, tokens_BT, segments_BT)
+        logits = _compare_logits(report, trained, folder, tokens_BT, segments_BT, onto)
         _compare_transformers(report, folder, tokens_BT, segments_BT, logits)
     report.figures |= {"ok": not report.failures, "failures": report.failures}
     say(_table(report))
     return report.figures
 
 
-def _compare_tensors(report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint) -> None:
+def _compare_tensors(report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint, onto: Onto) -> None:
     """Key sets, byte identity, and each changed tensor against round(float64(W) + scale * B A)."""
     found = difference.compare(base, merged)
-    updates = merging.updates_of(trained, loading.architecture(base))
+    updates = merging.updates_of(trained, loading.architecture(base), onto)
     for what in ("missing", "extra", "reshaped"):
         names = found[what]
         report.check(not names, f"{len(names)} tensors {what} in the merged folder: {', '.join(names[:5])}")
@@ -107,18 +112,19 @@ def _exact(base: Checkpoint, name: str, update: Update, index: tuple[slice, ...]
     """What this piece of a changed tensor must be before it is rounded once: float64(W) + scale * B A."""
     if isinstance(update, Replace):
         return update.array[index].astype(np.float64)
-    exact = base.read_slice(name, index).astype(np.float64)
+    exact = seen(base.read_slice(name, index).astype(np.float64), update).astype(np.float64)
     exact += update.scale * (update.b[index].astype(np.float64) @ update.a[index].astype(np.float64))
-    return exact
+    return to_length(exact, None if update.magnitude is None else update.magnitude[index].astype(np.float64))
 
 
 def _compare_logits(
-    report: Report, trained: Trained, folder: Path, tokens_BT: np.ndarray, segments_BT: np.ndarray
+    report: Report, trained: Trained, folder: Path, tokens_BT: np.ndarray, segments_BT: np.ndarray, onto: Onto
 ) -> np.ndarray:
     """Merged against base + adapter in float32; for a bfloat16 base, beside the drift that bfloat16 itself brings."""
 
     def logits(*args: Any, dtype: str) -> np.ndarray:
-        return np.asarray(adapters.load(*args, dtype=dtype)(jnp.asarray(tokens_BT), jnp.asarray(segments_BT)))
+        model = adapters.load(*args, dtype=dtype, quantise=onto == "dequantised")
+        return np.asarray(model(jnp.asarray(tokens_BT), jnp.asarray(segments_BT)))
 
     seen = segments_BT > 0
     together = logits(trained.base_folder, trained, dtype="float32")

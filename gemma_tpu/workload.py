@@ -10,6 +10,7 @@ from gemma_tpu.data import make_loader
 from gemma_tpu.datafiles import is_here
 from gemma_tpu.errors import UserError
 from gemma_tpu.packing import best_fit
+from gemma_tpu.pairs import PairRows
 from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config
 from gemma_tpu.tokenizer import Tokenizer
@@ -39,8 +40,19 @@ def workload(config: Config) -> Workload:
     try:
         tokenizer = Tokenizer(config.model.path)
     except UserError:
-        return _from_text(config)
-    return _counted(config, tokenizer)
+        return _without_rows(config) if config.preference.loss else _from_text(config)
+    return _counted_pairs(config, tokenizer) if config.preference.loss else _counted(config, tokenizer)
+
+
+def _counted_pairs(config: Config, tokenizer: Tokenizer) -> Workload:
+    train, data = config.train, config.data
+    rows = PairRows(data, tokenizer)
+    loader = make_loader(
+        rows, max_seq_len=data.max_seq_len, packing=data.packing, batch_size=train.batch_size,
+        accumulation=train.accumulation, seed=train.seed, epochs=train.epochs, steps=train.steps,
+    )  # fmt: skip
+    steps, padding = loader.total_steps, loader.padding_share
+    return Workload(steps, _tokens(config, steps, padding), padding, f"{rows.report()}, tokenised here", counted=True)
 
 
 def _counted(config: Config, tokenizer: Tokenizer) -> Workload:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -225,3 +226,51 @@ def test_31b_takes_less_than_a_second(big):
 
 def test_without_a_slice_there_is_no_limit(big):
     assert memory(big, job()).limit == math.inf
+
+
+# --- adapters, optimizers and bases of other kinds ---------------------------------------------------------
+
+
+def test_each_optimizers_own_state_is_counted(big):
+    from gemma_tpu.schema import OptimConfig
+
+    found = {name: memory(big, replace(job(), optim=OptimConfig(name=name))) for name in
+             ("adamw", "lion", "adafactor", "muon")}  # fmt: skip
+    assert found["adamw"].moments == 2 * found["adamw"].lora
+    assert found["lion"].moments == found["lion"].lora
+    assert found["muon"].moments == pytest.approx(found["lion"].lora, rel=1e-4)
+    assert found["adafactor"].moments == pytest.approx(found["adafactor"].lora, rel=0.01)  # too narrow to factor
+    full = job(method="full")
+    whole = memory(big, full).moments
+    assert memory(big, replace(full, optim=OptimConfig(name="adafactor"))).moments < 0.01 * whole
+
+
+def test_moments_are_split_as_what_they_belong_to(big):
+    one, four = (memory(big, job(mesh)).moments for mesh in ({}, {"fsdp": 4}))
+    assert four == pytest.approx(one / 4, rel=0.05)
+
+
+def test_the_fields_of_an_adapter_are_counted(big):
+    from gemma_tpu.schema import LoraConfig, Table
+
+    def held(**fields):
+        return memory(big, replace(job(), adapter=LoraConfig(**fields)))
+
+    plain = held()
+    assert held(init="pissa").lora == pytest.approx(2 * plain.lora, rel=0.01)
+    assert held(init="pissa").moments == plain.moments  # where it started has no moments
+    assert plain.lora < held(dora=True).lora < 1.05 * plain.lora
+    assert held(rank_pattern=Table({"up_proj": 128})).lora > 1.1 * plain.lora
+    few = [one for one in placed(big, replace(job(), adapter=LoraConfig(layers=(0, 7)))) if one.trains]
+    assert sum(one.parameters for one in few) < 0.1 * 489_717_760 < sum(one.elements for one in few)
+
+
+def test_a_quantised_base_takes_its_bits_and_its_scales(big):
+    bfloat, int8, nf4 = (memory(big, replace(job(), quantise=kind)).weights for kind in (None, "int8", "nf4"))
+    layers = sum(one.elements for one in placed(big, job()) if one.path.startswith("blocks.") and ".w" in one.path
+                 and "norm" not in one.path and not one.trains)  # fmt: skip
+    assert (bfloat - int8) * budget.GIB == pytest.approx(layers, rel=0.01)
+    assert (bfloat - nf4) * budget.GIB == pytest.approx(layers * (1.5 - 1 / 64), rel=0.01)
+    counted = [sum(one.parameters for one in placed(big, replace(job(), quantise=kind)) if not one.trains)
+               for kind in (None, "nf4")]  # fmt: skip
+    assert counted[0] == counted[1] == sizes.parameters(big)
