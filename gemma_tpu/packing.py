@@ -16,7 +16,7 @@ from gemma_tpu.errors import UserError
 Encoded = tuple[np.ndarray, np.ndarray]  # the ids of one row, and its mask of trained targets
 LEAVES = ("tokens", "segment_ids", "positions", "targets", "weights")
 BUCKET = 128  # a bucket's length is a multiple of the TPU's lanes, as its attention kernel wants
-BUCKETS = 4  # lengths, each compiled by itself: a fifth would save 2 % more padding of rows like CodeV-R1's
+BUCKETS = 4  # lengths, each compiled by itself; rows like CodeV-R1's keep 23 % padding, with a fifth length 19 %
 
 
 @dataclass(frozen=True)

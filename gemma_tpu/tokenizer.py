@@ -59,7 +59,8 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`. Special tokens written in it count as such; none is added but a BOS asked for."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        # A batch of one: half again as fast as `encode`, which also says where each token stands in the text.
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._bos_once(ids) if bos else ids
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
@@ -112,9 +113,9 @@ class Tokenizer:
         for text, inserted, target in _runs(outline, slots, texts, chosen, silent if train_on == "all" else None):
             run_ids = self.encode(text + inserted)
             # What is inserted is never a target, and may share its first token with the text before it.
-            targets = common_prefix(run_ids, self.encode(text)) if inserted else len(run_ids)
+            targets = common_prefix(run_ids, self.encode(text)) if inserted and target else len(run_ids) * target
             ids += run_ids
-            mask += [target and i < targets for i in range(len(run_ids))]
+            mask += [True] * targets + [False] * (len(run_ids) - targets)
         if self.bos_id is not None:
             mask = [False] * (len(self._bos_once(ids)) - len(ids)) + mask
             ids = self._bos_once(ids)
