@@ -34,7 +34,7 @@ def write_inputs(folder: Path, rows: int) -> Path:
     from gemma_tpu.assets import resolve
     from gemma_tpu.tiny import write_tiny
 
-    write_tiny(folder / "model", "gemma4-31b", text_only=True, layers=1, pattern=1, hidden=32, mlp=32, heads=2,
+    write_tiny(folder / "model", "gemma4-31b", text_only=True, layers=2, pattern=1, hidden=32, mlp=32, heads=2,
                kv_heads=2, global_kv_heads=1, head_dim=16, global_head_dim=16, window=64, vocab=4096)  # fmt: skip
     source = [json.loads(line) for line in resolve("bundled:tiny_verilog/base.jsonl").read_text().splitlines()]
     pairs = [tuple(turn["content"] for turn in row["messages"][-2:]) for row in source]

@@ -31,7 +31,7 @@ from gemma_tpu.workers import Pool, cores
 LANE = 128  # a recommended length is a multiple of the TPU's lane width
 WORTH_KEEPING = 0.995  # the share of rows that the recommended length holds
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)  # that a report gives the share of rows for
-ALONE = 4  # chunks done in this process before others are started: a small file is done by then
+ALONE = 3.0  # seconds of work in this process before others are started: about what starting them costs
 SAID_EVERY = 10.0  # seconds
 
 Path_ = str | Sequence[str]

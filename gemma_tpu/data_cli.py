@@ -25,8 +25,9 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[Result, int]:
+    """Prints the report and the rows asked for; the page, where one is asked for, always shows a few."""
     if args.show < 0:
-        raise UserError(f"--show {args.show}: it must be at least 1")
+        raise UserError(f"--show {args.show}: how many rows to print, 0 for none")
     if args.html and args.html.is_dir():
         raise UserError(f"--html {args.html}: is a folder; name a file")
     chosen = config.load(args.config, args.overrides)
@@ -38,9 +39,8 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     for title, rows in parts:
         print(f"{title}\n{data_text.render(rows)}\n")
     main = parts[0][1]
-    picked = [at * len(main) // args.show for at in range(min(args.show, len(main)))]
-    if args.show > len(main):
-        picked = list(range(len(main)))
+    count = min(args.show, len(main))
+    picked = [at * len(main) // count for at in range(count)]  # spread over all of them
     shown = [(main.where(row), display.turns(*main[row], tokenizer)) for row in picked]
     colour = _has_colours()
     for where, row in shown:

@@ -6,6 +6,7 @@ Which process does a chunk changes nothing: a chunk's result is a function of th
 import hashlib
 import inspect
 import itertools
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -116,12 +117,12 @@ class Encoder:
         return self._tokenizer.training(messages, self._settings.train_on, tools=tools)
 
 
-def encode(chunks: Iterable[Chunk], encoder: Encoder, pool: Any, alone: int) -> Iterator[Encoded]:
-    """Every chunk's result, in order. The first `alone` chunks are done here, and more until the processes are ready:
-    starting them takes seconds, in which a small file is done."""
-    waiting = iter(chunks)
-    for number, chunk in enumerate(waiting):
-        if pool is not None and number >= alone and pool.ready():
+def encode(chunks: Iterable[Chunk], encoder: Encoder, pool: Any, alone: float) -> Iterator[Encoded]:
+    """Every chunk's result, in order. For `alone` seconds they are made here, and on until the processes are ready:
+    starting them takes seconds of every core, in which a small file is done."""
+    waiting, start = iter(chunks), time.monotonic()
+    for chunk in waiting:
+        if pool is not None and time.monotonic() - start >= alone and pool.ready():
             yield from pool.ordered(itertools.chain([chunk], waiting))
             return
         yield encoder(chunk)

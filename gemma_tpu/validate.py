@@ -142,7 +142,8 @@ def _check_rows(found: Findings, section: DataConfig, tokenizer: Tokenizer | Non
     def check() -> str:
         if tokenizer is not None:
             rows = prepare(section, tokenizer)
-            dropped = f", {rows.dropped.total()} dropped" if rows.dropped.total() else ""
+            why = [f"{reason} {n:,} ({rows.dropped.where(reason)})" for reason, n in rows.dropped.counts.items()]
+            dropped = f", left out: {'; '.join(why)}" if why else ""
             return f"{key}: {rows.rows} first rows render{dropped}, {rows.target_tokens:,} target tokens"
         reader = Reader(section)
         count = sum(1 for _ in reader)

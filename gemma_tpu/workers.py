@@ -38,7 +38,8 @@ class Pool:
     def __init__(self, settings: Settings, folder: Path, count: int):
         self._job, self._count = (settings, folder), count
         self._processes: list[subprocess.Popen] = []
-        self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()  # and: has it greeted
+        # Each with whether it has said that it is ready; None stands for one that has ended.
+        self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()
         self._first: Connection | None = None
         self._threads: ThreadPoolExecutor | None = None
 

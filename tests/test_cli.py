@@ -225,8 +225,11 @@ def test_validate_refuses_an_architecture_that_this_version_does_not_know(run, m
 def test_validate_names_the_row_that_cannot_be_read(run, model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
-    code, _, err = run("validate", "tiny_cpu.yaml", f"model.path={model}", f"data.path={rows}")
-    assert code == 2 and f"{rows}:2" in err
+    given = ("validate", "tiny_cpu.yaml", f"model.path={model}", f"data.path={rows}")
+    code, out, err = run(*given)
+    assert code == 0 and "left out: not_JSON 1 (rows.jsonl:2)" in out + err
+    code, _, err = run(*given, "data.strict=true")
+    assert code == 2 and "rows.jsonl:2: column 2" in err
 
 
 # --- what the user points at ---
