@@ -146,14 +146,14 @@ def test_pairs_stay_together_and_every_one_is_seen_once_an_epoch(base32, tmp_pat
 
 
 def test_lines_that_are_no_pairs_are_named_and_what_is_dropped_is_counted(base32, tmp_path):
-    section, tokenizer = DataConfig(path=str(tmp_path / "pairs.jsonl"), max_seq_len=64), Tokenizer(base32)
+    section, tokenizer = DataConfig(path=str(tmp_path / "pairs.jsonl"), max_seq_len=128), Tokenizer(base32)
     bad = [pair(1), {"chosen": "yes"}, {**pair(2), "chosen": [{"role": "user", "content": "x"}]}, [1]]
     written(tmp_path / "pairs.jsonl", bad)
     with pytest.raises(UserError) as error:
         PairRows(section, tokenizer)
     assert "3 of 4 lines are no preference pairs" in str(error.value)
     assert all(f"pairs.jsonl:{line}: " in str(error.value) for line in (2, 3, 4))
-    written(tmp_path / "pairs.jsonl", [pair(1), pair(2, "same", "same"), pair(3, "long " * 60, "no")])
+    written(tmp_path / "pairs.jsonl", [pair(1), pair(2, "same", "same"), pair(3, "long " * 200, "no")])
     rows = PairRows(section, tokenizer)
     assert len(rows) == 1 and "equal: 1 (pairs.jsonl:2)" in rows.report() and "overlong: 1" in rows.report()
 
