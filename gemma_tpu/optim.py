@@ -29,7 +29,8 @@ class Role:
 
 
 def roles(model: Decoder) -> dict[str, Role]:
-    """Of everything that trains. As in PEFT, magnitudes go with B in LoRA+, and do not decay."""
+    """Of everything that trains. Magnitudes go with B in LoRA+, as in PEFT. They do not decay, as they do there: they
+    start as the lengths of the base's rows, and to draw those to zero regularises nothing."""
     found = {}
     for path, variable in loading.variables(model, model.trains).items():
         own_dims = len(variable.shape) - path.startswith("blocks.")

@@ -276,12 +276,12 @@ def test_lora_plus_and_weight_decay_move_as_pefts_optimizer_does():
     with torch.no_grad():
         for one in theirs.values():
             one.uniform_(-1, 1)
-    adamw = create_loraplus_optimizer(net, torch.optim.AdamW, lr=0.02, loraplus_lr_ratio=8.0,
+    adamw = create_loraplus_optimizer(net, torch.optim.AdamW, lr=0.02, loraplus_lr_ratio=8.0, betas=(0.8, 0.95),
                                       loraplus_weight_decay=0.1)  # fmt: skip
     ours = {name: one.detach().numpy().copy() for name, one in theirs.items()}
     roles = {"lora_a": optim.Role(), "lora_b": optim.Role(faster=True),
-             "lora_magnitude": optim.Role(decays=False, faster=True)}  # fmt: skip
-    section = OptimConfig(lr=0.02, weight_decay=0.1, loraplus_ratio=8.0, clip=None)
+             "lora_magnitude": optim.Role(faster=True)}  # fmt: skip
+    section = OptimConfig(lr=0.02, weight_decay=0.1, loraplus_ratio=8.0, clip=None, b1=0.8, b2=0.95)
     tx = optim.optimizer(section, optax.constant_schedule(0.02), roles)
     state, rng = tx.init(ours), np.random.default_rng(0)
     for _ in range(4):
@@ -292,7 +292,7 @@ def test_lora_plus_and_weight_decay_move_as_pefts_optimizer_does():
         updates, state = tx.update(grads, state, ours)
         ours = optax.apply_updates(ours, updates)
     for name, one in theirs.items():
-        np.testing.assert_allclose(ours[name], one.detach().numpy(), atol=2e-6)
+        np.testing.assert_allclose(ours[name], one.detach().numpy(), atol=5e-6)
 
 
 # --- what is refused, and what is said ---------------------------------------------------------------------
