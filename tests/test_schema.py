@@ -118,8 +118,22 @@ OUT_OF_RANGE = {
     "optim.b2": -0.1,
     "optim.eps": 0,
     "checkpoint.every": 0,
+    "checkpoint.seconds": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_best": -1,
     "log.every": 0,
+    "log.trackers": ["mlflow"],
+    "log.usd_per_hour": 0,
+    "eval.every": 0,
+    "eval.patience": 0,
+    "eval.max_new_tokens": 0,
+    "faults.skips": 0,
+    "faults.spike": 0,
+    "profile.start": 0,
+    "profile.steps": 0,
+    "distributed.processes": 0,
+    "distributed.process": -1,
+    "distributed.timeout": 0,
 }
 
 
@@ -133,13 +147,18 @@ def test_every_range_is_held(key):
 
 
 def test_every_key_has_its_range_tested():
-    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress"}  # booleans
+    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress", "log.tensorboard"}  # booleans
     words = {
         "model.path",
         "data.path",
         "data.validation",
         "lora.targets",
         "lora.exclude",
+        "train.compile_cache",
+        "checkpoint.folder",
+        "log.project",
+        "eval.prompts",
+        "distributed.coordinator",
         "run_dir",
         "recipe",
     }
