@@ -305,8 +305,11 @@ class _Loop:
 
     def _save_again(self, number: int, failure: RunError) -> None:
         """A save has failed, this one or the one before: the state as it is now is saved, or the run ends."""
-        self._log.catch_up()
-        self._log.warn(faults.Notice(number, "save", str(failure).splitlines()[0], {}))
+        try:
+            self._log.catch_up()
+            self._log.warn(faults.Notice(number, "save", str(failure).splitlines()[0], {}))
+        except OSError as error:  # the same full disk; the checkpoint matters more than its journal
+            say(f"warning: {error}")
         self._checkpoints.save_now(number, *self._state(number))
 
     def _save_last(self, number: int) -> None:
