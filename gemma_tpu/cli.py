@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs
+from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs, train_cli
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -95,11 +95,7 @@ def _plain(value: Any) -> Any:
 
 def train(args: argparse.Namespace) -> tuple[Result, int]:
     run_config = config.load(args.config, args.overrides)
-    recipe = _recipe(assets.find("recipes", run_config.recipe))
-    if run_config.mesh.cpu_devices:
-        devices.cpu(run_config.mesh.cpu_devices)
-    devices.require()
-    return recipe(run_config), 0
+    return train_cli.run(run_config, _recipe(assets.find("recipes", run_config.recipe)), args.rehearse)
 
 
 def _recipe(path: Path) -> Callable[[config.Config], Result]:
@@ -278,6 +274,8 @@ def _add_configured(commands: Any) -> None:
         one = _command(commands, name, run, about, f"gemma-tpu {name} configs/tiny_cpu.yaml train.steps=20")
         one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
         one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optim.lr=1e-4")
+        if name == "train":
+            train_cli.add_arguments(one)
     data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
 
@@ -308,6 +306,8 @@ def _add_merge_and_verify(commands: Any) -> None:
     one.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
     one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
     _add_onto(one)
+
+    train_cli.add_report_arguments(_command(commands, "report", train_cli.report, *train_cli.REPORT))
 
     example = "gemma-tpu verify runs/tiny_cpu"
     about = "prove a merge: tensors, logits, and transformers where torch is installed"

@@ -135,6 +135,25 @@ def write_patched(base: Checkpoint, out: Path, updates: Mapping[str, Update], *,
     return report
 
 
+def try_shard(base: Checkpoint, folder: Path, updates: Mapping[str, Update]) -> PatchReport:
+    """The smallest shard that the updates change, written into `folder` and deleted again: will a merge work here?"""
+    edits = _check_updates(base, updates)
+    changed = [one for one in base.shards.values() if any(info.name in edits for info in one.tensors)]
+    shard = min(changed, key=lambda one: one.size)
+    names = {info.name for info in shard.tensors}
+    inside = {name: edit for name, edit in edits.items() if name in names}
+    report = PatchReport(folder / shard.name, len(inside), len(names) - len(inside),
+                         changes={name: TensorChange(base.info(name).size) for name in inside})
+    try:
+        with single_threaded(), ThreadPoolExecutor(2) as pool:
+            _write_shard(base, shard, inside, report.out, report, pool, 4, None)
+    except OSError as error:
+        raise RunError(f"writing {report.out} failed: {error.strerror or error}") from error
+    finally:
+        report.out.unlink(missing_ok=True)
+    return report
+
+
 def peak_rss_mib() -> float:
     """The most memory that this process has had resident, since it began."""
     status = Path("/proc/self/status")

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_tpu import advice, chips, flags, loading, lora, optim, preference, step
+from gemma_tpu import advice, chips, distributed, flags, loading, lora, optim, preference, step
 from gemma_tpu import mesh as meshes
 from gemma_tpu.model import Decoder, Remat
 from gemma_tpu.projection import Base
@@ -63,7 +63,7 @@ class Program:
         return {"trained": self.trained, "opt": opt, "step": self.at(0)}
 
     def at(self, number: int) -> jax.Array:
-        return jax.device_put(jnp.asarray(number, jnp.int32), self.whole)
+        return distributed.place(np.asarray(number, np.int32), self.whole)
 
     def abstract_state(self) -> step.State:
         shapes = {
@@ -86,7 +86,7 @@ class Program:
         return NamedSharding(self.mesh, meshes.spec_for((None, "batch", None), self.mesh))
 
     def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
-        return jax.device_put(batch, self.rows)
+        return {name: distributed.place(leaf, self.rows) for name, leaf in batch.items()}
 
     def lower(self, state: step.State, batch: step.Batch) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):

@@ -171,13 +171,48 @@ class PreferenceConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: Positive = 100  # updates
-    keep: Positive = 3
+    seconds: Above0 | None = None  # and whenever the last one is so old
+    keep: Positive = 3  # the newest
+    keep_best: Count = 1  # and those with the lowest held-out loss
+    folder: Text | None = None  # null: in the run folder; or a bucket
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every: Positive = 10  # updates between two lines on the console; metrics.jsonl has every one
     progress: bool = True
+    tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    project: Text = "gemma_tpu"  # of the trackers
+    usd_per_hour: Above0 | None = None  # of the whole slice; null: the list price of the chips
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: Positive | None = None  # updates between two held-out losses; null: before and after training alone
+    patience: Positive | None = None  # stop after so many of them without a better one
+    prompts: tuple[Text, ...] = ()  # completed before, at each of them and after: the same prompts each time
+    max_new_tokens: Positive = 128
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    skips: Positive = 10  # updates in a row with a loss or gradient that is no number, and the run stops
+    spike: Above0 = 10.0  # a gradient norm so many times the usual one is pointed out
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    start: Positive | None = None  # the first update in the trace; null: no trace
+    steps: Positive = 3
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    coordinator: Text | None = None  # host:port of host 0; null: a TPU pod finds itself
+    processes: Positive | None = None
+    process: Count | None = None  # this host's number
+    timeout: Above0 = 60.0  # seconds of silence after which a host counts as lost
 
 
 @dataclass(frozen=True)
@@ -191,6 +226,10 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run_dir: Text = "runs/tiny_cpu"
     recipe: Text = "lora_sft.py"
 
@@ -226,6 +265,16 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("data.weights", "data.path"),
             f"data.weights ({len(data.weights)} numbers) must have one for each of data.path ({paths})",
+        )
+    if config.eval.every is not None and config.data.validation is None and not config.eval.prompts:
+        yield (
+            ("eval.every", "data.validation"),
+            f"eval.every ({config.eval.every}) measures nothing: give data.validation rows, or eval.prompts",
+        )
+    if config.eval.patience is not None and (config.eval.every is None or config.data.validation is None):
+        yield (
+            ("eval.patience", "eval.every", "data.validation"),
+            f"eval.patience ({config.eval.patience}) counts held-out losses: it needs eval.every and data.validation",
         )
     given = [f"mesh.{axis}" for axis in MESH_AXES if getattr(mesh, axis) != 1]
     if mesh.auto and given:

@@ -100,6 +100,19 @@ def mean_loss_and_grads(
     return loss, grads
 
 
+def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
+    """`new`, or `old` where the update's loss or gradient is no number.
+
+    Counters go on in either case, so the learning rate stays that of the step and not of the updates applied.
+    """
+
+    def choose(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
+        counts = jnp.issubdtype(new_leaf.dtype, jnp.integer) and new_leaf.ndim == 0
+        return new_leaf if counts else jnp.where(sound, new_leaf, old_leaf)
+
+    return jax.tree.map(choose, new, old)
+
+
 def make_train_step(
     parts: Parts, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, remat: Remat, seed: int,
     dropout: bool,
@@ -110,12 +123,17 @@ def make_train_step(
         # The key comes from the step number, so a resumed run draws what the unbroken one would have drawn.
         key = jax.random.fold_in(jax.random.key(seed), state["step"]) if dropout else None
         loss, grads = mean_loss_and_grads(parts, state["trained"], frozen, batch, key, remat)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["trained"])
         trained = optax.apply_updates(state["trained"], updates)
+        # Chosen on the device, in the same program: the host learns of it a step later and nothing compiles again.
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+        trained, opt = keep_if_unsound(sound, (trained, opt), (state["trained"], state["opt"]))
         metrics = {
             "loss": loss,
             "lr": jnp.asarray(rate(state["step"]), jnp.float32),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
+            "skipped": 1 - sound.astype(jnp.int32),
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "target_tokens": jnp.sum(batch["weights"] > 0),
         }

@@ -84,7 +84,7 @@ def test_every_problem_is_in_one_error_with_its_line(refusal):
         ("optimizer: {lr: 3}", "optim?"),
         ("train: {lr: 3}", "optim.lr?"),
         ("train: {step: 3}", "train.steps?"),
-        ("every: 3", "checkpoint.every or log.every?"),
+        ("every: 3", "checkpoint.every or log.every or eval.every?"),
         ("max_steps: 3", "train.steps?"),
     ],
 )
@@ -93,7 +93,7 @@ def test_an_unknown_key_is_told_what_it_may_have_been(refusal, text, meant):
 
 
 def test_a_key_like_no_other_is_told_what_there_is(refusal):
-    assert "checkpoint.zzzzzz = 1: unknown key; known here: checkpoint.every, checkpoint.keep" in refusal(
+    assert "checkpoint.zzzzzz = 1: unknown key; known here: checkpoint.every, checkpoint.seconds, " in refusal(
         "checkpoint: {zzzzzz: 1}"
     )
 

@@ -132,8 +132,22 @@ OUT_OF_RANGE = {
     "preference.beta": 0,
     "preference.margin": -1,
     "checkpoint.every": 0,
+    "checkpoint.seconds": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_best": -1,
     "log.every": 0,
+    "log.trackers": ["mlflow"],
+    "log.usd_per_hour": 0,
+    "eval.every": 0,
+    "eval.patience": 0,
+    "eval.max_new_tokens": 0,
+    "faults.skips": 0,
+    "faults.spike": 0,
+    "profile.start": 0,
+    "profile.steps": 0,
+    "distributed.processes": 0,
+    "distributed.process": -1,
+    "distributed.timeout": 0,
 }
 
 
@@ -147,7 +161,9 @@ def test_every_range_is_held(key):
 
 
 def test_every_key_has_its_range_tested():
-    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress", "data.strict", "lora.rslora", "lora.dora"}  # booleans
+    no_range = {
+        "mesh.auto", "mesh.replicate_kv", "log.progress", "log.tensorboard", "data.strict", "lora.rslora", "lora.dora",
+    }  # fmt: skip
     words = {
         "model.path",
         "data.path",
@@ -156,6 +172,10 @@ def test_every_key_has_its_range_tested():
         "train.compile_cache",
         "lora.targets",
         "lora.exclude",
+        "checkpoint.folder",
+        "log.project",
+        "eval.prompts",
+        "distributed.coordinator",
         "run_dir",
         "recipe",
     }

@@ -15,24 +15,26 @@ PACKAGE = ROOT / "gemma_tpu"
 
 # A module imports only from those to its left.
 ORDER = """
-    errors assets schema config chips devices variants hf_config torus mesh retry remote hub sources transfer
-    header shards weights lowrank quantise streaming sizes template tokenizer datafiles records turns formats
-    transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic links
-    work timeline walk buffers splash attention projection experts model sites lora loading start optim loss job
-    budget roofline advice flags step preference program compiling runs checkpoint metrics train adapters
-    sampler completions blas staging stage patch difference merging verify sandbox verilog evaluate validate
-    subject calibration workload plan plan_text sweep page plan_page plan_cli display data_text data_page
-    data_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
+    errors assets schema config chips devices distributed variants hf_config torus mesh retry remote hub sources
+    transfer header shards weights lowrank quantise streaming sizes template tokenizer datafiles records turns
+    formats transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic
+    links work timeline walk buffers splash attention projection experts model sites lora loading start loss job
+    budget roofline advice flags optim step preference program compiling runs metrics checkpoint faults oom
+    meter trackers logbook sampler samples page report train adapters completions blas staging stage patch
+    difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text
+    sweep plan_page plan_cli display data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers
+    tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = """
-    errors assets schema config chips devices variants hf_config torus retry remote hub sources transfer header
-    shards weights lowrank quantise sizes template tokenizer datafiles records turns formats transforms rows
-    encoding workers tokens packing selection corpus data pairs hlo trips flops traffic links work timeline walk
-    buffers job budget roofline advice flags compiling runs metrics blas staging stage patch difference sandbox
-    verilog subject calibration workload page plan_cli display data_text data_page data_cli tiny_tokenizer
-    tiny_towers tiny_archs tiny_config tiny_weights tiny cli
+    errors assets schema config chips devices distributed variants hf_config torus retry remote hub sources
+    transfer header shards weights lowrank quantise sizes template tokenizer datafiles records turns formats
+    transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic links
+    work timeline walk buffers job budget roofline advice flags compiling runs metrics faults trackers page
+    report blas staging stage patch difference sandbox verilog subject calibration workload plan_cli display
+    data_text data_page data_cli train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
+    cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
