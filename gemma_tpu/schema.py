@@ -56,7 +56,7 @@ class Table(dict):
     """A mapping in a config. Hashable, as a config is; nobody changes it."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
+        return hash(frozenset(self.items()))
 
 
 Text = Annotated[str, Rule("text (printable, not empty)", _is_text)]

@@ -1,7 +1,8 @@
 """The only training loop. It dispatches step N and then reads the metrics of step N - 1, so the device never waits.
 
 One compile for each length of batch (most runs have one), said out loud: all are compiled ahead of the first batch,
-and a batch of another shape is an error, never one more compile. A signal, a fault or a lost host ends the run with its last state saved or named.
+and a batch of another shape is an error, never one more compile. A signal, a fault or a lost host ends the run with
+its last state saved or named.
 """
 
 import json
@@ -29,6 +30,7 @@ from gemma_tpu.model import Decoder
 from gemma_tpu.runs import RunFolder, write_text
 from gemma_tpu.samples import Samples
 from gemma_tpu.schema import Config
+from gemma_tpu.tracing import Profile
 
 
 @dataclass
@@ -228,7 +230,7 @@ class _Loop:
         remat = program.remat_of(config, trainer.model, trainer.mesh)[0]
         rates = meter.rates_of(config, arch, dict(trainer.mesh.shape), jax.devices()[0].device_kind, remat)
         self._log = Logbook(config, trainer.run, trainer.loader, start, rates)
-        self._profile = _Profile(config, trainer.run, start)
+        self._profile = Profile(config, trainer.run, start)
         self._agreement = distributed.Agreement()
         self._agreement.now([0, 0])  # compiled here, not between two steps
         self._saved_at, self._saving = time.monotonic(), 0.0
@@ -350,32 +352,6 @@ class _Loop:
             "skipped": self._log.skipped,
             "recompiled": self._log.recompiled,
         }
-
-
-class _Profile:
-    """A profiler trace of a window of steps, for TensorBoard's profile plugin or Perfetto."""
-
-    def __init__(self, config: Config, run: RunFolder, start: int):
-        first = config.profile.start
-        self._first = None if first is None or first <= start else first
-        self._last = None if self._first is None else self._first + config.profile.steps - 1
-        self._folder, self._running = run.path / "profile", False
-
-    def before(self, number: int) -> None:
-        if number == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-
-    def after(self, number: int, found: Any) -> None:
-        if number == self._last:
-            jax.block_until_ready(found)
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-            say(f"profile of steps {self._first} to {self._last}: {self._folder}")
 
 
 def held_out_loss(

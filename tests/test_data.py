@@ -466,6 +466,9 @@ class Rows:
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         return self.rows[row]
 
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.rows[row]]
+
 
 @pytest.fixture(scope="module")
 def lognormal() -> Rows:

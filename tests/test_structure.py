@@ -18,8 +18,8 @@ ORDER = """
     errors assets schema config chips devices distributed variants hf_config torus mesh retry remote hub sources
     transfer header shards weights lowrank quantise streaming sizes template tokenizer datafiles records turns
     formats transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic
-    links work timeline walk buffers splash attention projection experts model sites lora loading start loss job
-    budget roofline advice flags optim step preference program compiling runs metrics checkpoint faults oom
+    links work timeline walk buffers splash attention projection experts model sites lora loading start loss optim job
+    budget roofline advice flags step preference program compiling runs metrics tracing checkpoint faults oom
     meter trackers logbook sampler samples page report train adapters completions blas staging stage patch
     difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text
     sweep plan_page plan_cli display data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers
