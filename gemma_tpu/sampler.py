@@ -167,7 +167,7 @@ def _group(prompts, settings: Settings, numbers, limits) -> deque[_Prompt]:
 
 def _bucket(tokens: int) -> int:
     """The next of 64, 72, 80 … 128, 144, 160 … 256, 288 …: at most an eighth of what it holds is padding."""
-    step = max(8, 1 << max(tokens - 1, 1).bit_length() - 4)
+    step = max(8, 1 << tokens.bit_length() >> 4)
     return max(64, -(-tokens // step) * step)
 
 
