@@ -306,8 +306,8 @@ def _add_sample(commands: Any) -> None:
     example = 'gemma-tpu sample runs/tiny_cpu --prompt "Write a Verilog module for a 4-bit counter."'
     about = "complete prompts with a run, a model or a server; a chat where no prompt is given"
     one = _command(commands, "sample", sample, about, example)
-    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied), a model folder, or the URL of an "
-                     "OpenAI-compatible server")  # fmt: skip
+    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied), a model folder, or the URL "
+                     "of an OpenAI-compatible server")  # fmt: skip
     repeated = {"action": "append", "default": []}
     one.add_argument("--prompt", metavar="TEXT", **repeated, help="may be repeated")
     one.add_argument("--prompt-file", metavar="FILE", type=Path, **repeated,

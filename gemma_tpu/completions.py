@@ -29,8 +29,9 @@ def complete(
     A prompt is a user turn under the checkpoint's chat template; `raw` prompts are continued as they stand.
     """
     asked = every(prompts, n=n, system=system, raw=raw, temperature=settings.temperature)
-    found = open_writer(target, mesh=mesh, rows=min(ROWS, len(asked))).write(asked, settings, stop=stop, on_text=on_text)
-    return [{"prompt": prompt, **one} for prompt, one in zip((p for p in prompts for _ in range(n)), found, strict=True)]
+    writer = open_writer(target, mesh=mesh, rows=min(ROWS, len(asked)))
+    found = writer.write(asked, settings, stop=stop, on_text=on_text)
+    return [{"prompt": prompts[number // n], **one} for number, one in enumerate(found)]
 
 
 def mesh_for(target: str | Path, sizes: Mapping[str, int] | None = None) -> Mesh:
@@ -75,24 +76,27 @@ class Writer:
         check_stop(stop)
         streams = [_Stream(self.tokenizer, stop) for _ in asked]
 
-        def finished(number: int, made: sampler.Completion) -> dict[str, Any]:
+        def finished(made: sampler.Completion) -> dict[str, Any]:
             text, _ = cut(self.tokenizer.decode(made.tokens), stop)
             return {"text": text, "tokens": made.tokens, "finish_reason": made.finish_reason, "logprobs": made.logprobs}
 
         def done(number: int, made: sampler.Completion) -> None:
-            one = finished(number, made)
+            one = finished(made)
             if on_text is not None:
                 on_text(number, one["text"][streams[number].shown :])
             if on_done is not None:
                 on_done(number, one)
 
+        def shown(number: int, tokens: list[int]) -> None:
+            streams[number].show(tokens, lambda new: on_text(number, new))
+
         made = self.sampler.run(
             [self.ids(one.prompt) for one in asked], self.tokenizer.stop_ids, settings,
             numbers=[one.sample for one in asked], on_done=done,
             until=(lambda tokens: first_end(self.tokenizer, tokens, stop)) if stop else None,
-            on_tokens=None if on_text is None else lambda i, tokens: streams[i].show(tokens, lambda new: on_text(i, new)),
+            on_tokens=None if on_text is None else shown,
         )  # fmt: skip
-        return [finished(number, one) for number, one in enumerate(made)]
+        return [finished(one) for one in made]
 
 
 def first_end(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> int | None:

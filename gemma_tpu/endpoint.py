@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,26 @@ class Endpoint:
 
     def _all(self, numbers: Sequence[int], one: Callable[[int], None]) -> None:
         """All of them; after the first failure no other is begun, and what is on its way is still kept."""
+        over = threading.Event()
+
+        def unless_over(number: int) -> None:
+            if over.is_set():
+                return
+            try:
+                one(number)
+            except BaseException:
+                over.set()
+                raise
+
         with ThreadPoolExecutor(self._concurrency) as pool:
-            jobs: list[Future] = [pool.submit(one, number) for number in numbers]
+            jobs = [pool.submit(unless_over, number) for number in numbers]
             try:
                 wait(jobs, return_when=FIRST_EXCEPTION)
-            finally:
-                for job in jobs:
-                    job.cancel()
+            except BaseException:  # Ctrl-C, say
+                over.set()
+                raise
         for job in jobs:
-            if not job.cancelled():
-                job.result()
+            job.result()
 
     def _body(self, one: Asked, settings: Any, stop: Sequence[str]) -> dict[str, Any]:
         text = isinstance(one.prompt, str)

@@ -24,7 +24,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     server = one.add_argument_group("of a server")
     server.add_argument("--model", metavar="NAME", help="which of the server's models; its only one if left out")
     server.add_argument("--concurrency", metavar="N", type=int, help=f"requests at a time ({CONCURRENCY})")
-    server.add_argument("--resume", metavar="FILE", type=Path, help="keep every answer there, and ask for no other again")
+    server.add_argument("--resume", metavar="FILE", type=Path, help="keep every answer there, ask none of them again")
 
 
 def run(args: argparse.Namespace, target: str | Path, prompts: list[str], settings: Any) -> tuple[Result, int]:
@@ -58,7 +58,8 @@ def _check(args: argparse.Namespace, target: str | Path, prompts: list[str]) -> 
         chatless = [f"--{name}" for name, used in
                     (("raw", args.raw), ("n", args.n > 1), ("resume", args.resume is not None)) if used]  # fmt: skip
         if chatless:
-            raise UserError(f"without a prompt this is a chat, which has no {', no '.join(chatless)}; give --prompt TEXT")
+            named = ", no ".join(chatless)
+            raise UserError(f"without a prompt this is a chat, which has no {named}; give --prompt TEXT")
 
 
 def _open(args: argparse.Namespace, target: Path, wanted: int) -> Any:
@@ -73,7 +74,8 @@ def _sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, number = part.strip().partition("=")
         if axis not in AXES or not number.isdigit() or int(number) < 1 or axis in found:
-            raise UserError(f"--mesh {text}: {part!r} is wrong; each axis once, as in fsdp=2,tp=2, of {', '.join(AXES)}")
+            known = ", ".join(AXES)
+            raise UserError(f"--mesh {text}: {part!r} is wrong; each axis once, as in fsdp=2,tp=2; axes: {known}")
         found[axis] = int(number)
     return found
 

@@ -180,7 +180,8 @@ class _Batch:
         longest = max(len(prompt.tokens) for prompt in waiting)
         whole = sum(len(prompt.tokens) for prompt in waiting)
         self._plan = Plan(
-            arch=sampler.arch, dtype=sampler.dtype, rows=sampler.rows, capacity=min(_bucket(longest + settings.max_new_tokens), sampler.arch.context),
+            arch=sampler.arch, dtype=sampler.dtype, rows=sampler.rows,
+            capacity=min(_bucket(longest + settings.max_new_tokens), sampler.arch.context),
             stored=min(sampler.rows, STORED), prompt=_bucket(longest),
             sheet=max(_bucket(longest), min(_bucket(whole), SHEET)), steps=STEPS, rules=settings.rules,
             mesh=sampler.mesh,

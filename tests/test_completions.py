@@ -124,7 +124,8 @@ def test_sample_without_a_prompt_is_a_chat_by_the_checkpoints_template(base32, c
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--json"], "nothing to continue"), (["--raw"], "has no --raw"), (["--n", "2", "--temperature", "1"], "has no --n"),
+    (["--json"], "nothing to continue"), (["--raw"], "has no --raw"),
+    (["--n", "2", "--temperature", "1"], "has no --n"),
     (["--prompt", "a", "--model", "x"], "--model: nothing that a folder has"),
     (["--prompt", "a", "--stop", ""], "empty stop string"), (["--prompt", "a", "--rows", "0"], "--rows is 0"),
     (["--prompt", "a", "--mesh", "tp=0"], "'tp=0' is wrong"), (["--prompt", "a", "--mesh", "tp=64"], "64 devices"),

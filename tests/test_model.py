@@ -190,10 +190,10 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(tiny, capacity)
         return model.logits(x[:, None])[:, 0], rings
 
     rings, begun = kv_cache.empty(model.arch, 2, capacity, model.dtype), 37
-    for step in range(30):
-        last = np.array([step, step - late])
+    for number in range(30):
+        last = np.array([number, number - late])
         tokens = batch["tokens"][[0, 1], last.clip(0)]
-        found, rings = run(state, tokens, last, begun + step, rings)
+        found, rings = run(state, tokens, last, begun + number, rings)
         for row in (0, 1):
             if 0 <= last[row] < len(rows[row]):
                 assert largest_difference(found[row], wanted[row, last[row]]) <= 1e-5
