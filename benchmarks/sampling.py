@@ -11,6 +11,7 @@ C A B C …; ratios are medians of those within a round. What each compiled, it 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -91,7 +92,6 @@ def transformers(folder: str) -> Any:
 
 
 def tunix(folder: str) -> Any:
-    import jax
     import jax.numpy as jnp
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
@@ -100,8 +100,8 @@ def tunix(folder: str) -> Any:
     class Ending(nnx.Module):
         """The model, and the end token where a row's own end is."""
 
-        def __init__(self, model: Any):
-            self.model, self.ends_B = model, nnx.Variable(jnp.zeros(1, jnp.int32))
+        def __init__(self, model: Any, rows: int):
+            self.model, self.config, self.ends_B = model, model.config, nnx.Variable(jnp.zeros(rows, jnp.int32))
 
         def init_cache(self, *of: Any) -> Any:
             return self.model.init_cache(*of)
@@ -123,25 +123,23 @@ def tunix(folder: str) -> Any:
 
         bos_id, eos_id, pad_id = (lambda self: None), (lambda self: 1), (lambda self: 0)
 
-    def build(sliding: bool) -> Any:
+    @functools.cache
+    def build(rows: int, sliding: bool) -> Any:
         config = ModelConfig(
             num_layers=6, num_embed=VOCAB, embed_dim=128, hidden_dim=384, num_heads=8, head_dim=32, num_kv_heads=4,
             num_global_kv_heads=4, global_key_size=64, sliding_window_size=WINDOW, k_eq_v_global=True,
             attention_pattern=(AttentionType.LOCAL_SLIDING,) * 5 + (AttentionType.GLOBAL,),
             use_sliding_window_kv_cache=sliding,
         )  # fmt: skip
-        model = Ending(Gemma4(config, rngs=nnx.Rngs(0)))
+        model = Ending(Gemma4(config, rngs=nnx.Rngs(0)), rows)
         return model, Sampler(model, Ids(), CacheConfig(256 + NEW, 6, 4, 32))
 
-    built = {sliding: build(sliding) for sliding in (False, True)}
-
     def run(work: Work, batch: tuple[int, bool]) -> tuple[int, dict[str, Any]]:
-        rows, sliding = batch
-        (model, sampler), made = built[sliding], 0
+        rows, (model, sampler), made = batch[0], build(*batch), 0
         for first in range(0, len(work), rows):
             part = work[first : first + rows]
             part += part[:1] * (rows - len(part))  # the last batch has the shape of the others
-            model.ends_B[...] = jnp.array([len(prompt) - 1 + limit for prompt, limit in part], jnp.int32)
+            model.ends_B = nnx.Variable(jnp.array([len(prompt) - 1 + limit for prompt, limit in part], jnp.int32))
             sampler.transformer_state = nnx.variables(model)
             out = sampler([" ".join(map(str, prompt)) for prompt, _ in part], NEW, 256, temperature=0.8, top_p=0.95,
                           eos_tokens=[1], seed=first)  # fmt: skip
@@ -150,7 +148,6 @@ def tunix(folder: str) -> Any:
             made += sum(counts[: min(rows, len(work) - first)])
         compiled = {"prefill": sampler._compiled_prefill_fn._cache_size(),
                     "decode": sampler._compiled_decode_fn._cache_size()}  # fmt: skip
-        jax.block_until_ready(0)
         return made, compiled
 
     run.options = [(rows, sliding) for rows in BATCHES["tunix"] for sliding in (False, True)]
