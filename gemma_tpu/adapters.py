@@ -95,13 +95,20 @@ def load(
     return model
 
 
-def load_target(target: str | Path, dtype: str | None = None) -> tuple[Decoder, Path]:
+def base_of(target: str | Path) -> Path:
+    """The folder whose config.json says what the target is: its own, or that of the base a run was trained on."""
+    return read(target).base_folder if runs.is_run(Path(target)) else Path(target)
+
+
+def load_target(
+    target: str | Path, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, Path]:
     """What the user points at, a run folder (adapter applied) or a model folder; and the folder of its tokenizer."""
     target = Path(target)
     if runs.is_run(target):
         trained = read(target)
-        return load(trained.base_folder, trained, dtype=dtype), trained.base_folder
-    return load(target, dtype=dtype), target
+        return load(trained.base_folder, trained, mesh, dtype), trained.base_folder
+    return load(target, mesh=mesh, dtype=dtype), target
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs, train_cli
+from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs, sample_cli, train_cli
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -30,7 +30,7 @@ examples:
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
-  gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model
+  gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
 
 TARGET is a run folder (its adapter is applied) or a model folder.
 Exit codes: 0 fine, 1 the run failed, 2 the input is wrong."""
@@ -155,21 +155,9 @@ def verify(args: argparse.Namespace) -> tuple[Result, int]:
 
 
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
-    target = _target(args.target)
+    target = args.target if "://" in args.target else _target(args.target)
     prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
-    if not prompts:
-        raise UserError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
-    from gemma_tpu.completions import complete
-
-    found = complete(target, prompts, _settings(args), system=args.system, raw=args.raw, n=args.n)
-    for number, one in enumerate(found, start=1):
-        if len(found) > 1:
-            print(f"--- {number} of {len(found)}: {' '.join(one['prompt'].split())[:80]}")
-        print(one["text"], flush=True)
-    cut = sum(one["finish_reason"] == "length" for one in found)
-    if cut:
-        _say(f"note: {cut} of {len(found)} completions were cut at --max-new-tokens {args.max_new_tokens}")
-    return {"target": str(target), **found[0], "samples": found}, 0
+    return sample_cli.run(args, target, prompts, _settings(args))
 
 
 def eval_tiny(args: argparse.Namespace) -> tuple[Result, int]:
@@ -223,7 +211,8 @@ def _settings(args: argparse.Namespace) -> Any:
     from gemma_tpu.sampler import Settings
 
     return Settings(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, seed=args.seed)  # fmt: skip
+                    top_p=args.top_p, seed=args.seed, min_p=args.min_p,
+                    repetition_penalty=args.repetition_penalty)  # fmt: skip
 
 
 def _say(text: str) -> None:
@@ -324,8 +313,10 @@ def _add_onto(one: argparse.ArgumentParser) -> None:
 
 def _add_sample(commands: Any) -> None:
     example = 'gemma-tpu sample runs/tiny_cpu --prompt "Write a Verilog module for a 4-bit counter."'
-    one = _command(commands, "sample", sample, "complete prompts with a run or a model", example)
-    _add_target(one)
+    about = "complete prompts with a run, a model or a server; a chat where no prompt is given"
+    one = _command(commands, "sample", sample, about, example)
+    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied), a model folder, or the URL "
+                     "of an OpenAI-compatible server")  # fmt: skip
     repeated = {"action": "append", "default": []}
     one.add_argument("--prompt", metavar="TEXT", **repeated, help="may be repeated")
     one.add_argument("--prompt-file", metavar="FILE", type=Path, **repeated,
@@ -334,6 +325,7 @@ def _add_sample(commands: Any) -> None:
     one.add_argument("--raw", action="store_true", help="continue the text as it stands, without template")
     one.add_argument("--n", type=_positive, default=1, help="completions of each prompt (1)")
     _add_drawing(one, max_new_tokens=256)
+    sample_cli.add_arguments(one)
 
 
 def _add_eval(commands: Any) -> None:
@@ -379,6 +371,9 @@ def _add_drawing(one: Parser, max_new_tokens: int) -> None:
     one.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (%(default)s)")
     one.add_argument("--top-k", metavar="K", type=int, default=0, help="0: all tokens (%(default)s)")
     one.add_argument("--top-p", metavar="P", type=float, default=1.0, help="(%(default)s)")
+    one.add_argument("--min-p", metavar="P", type=float, default=0.0,
+                     help="leave out tokens below P times the likeliest (%(default)s)")  # fmt: skip
+    one.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="(%(default)s)")
     one.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
 
 

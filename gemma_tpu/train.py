@@ -27,8 +27,8 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.logbook import Logbook
 from gemma_tpu.metrics import say
 from gemma_tpu.model import Decoder
+from gemma_tpu.previews import Previews
 from gemma_tpu.runs import RunFolder, write_text
-from gemma_tpu.samples import Samples
 from gemma_tpu.schema import Config
 from gemma_tpu.tracing import Profile
 
@@ -50,7 +50,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.program = program.build(self.config, self.model, self.shardings, self.mesh, self.loader.total_steps)
-        self.samples = Samples(self.config.eval, self.config.model.path, self.model.arch)
+        self.samples = Previews(self.config.eval, self.config.model.path, self.model.arch)
         self.notes = [*self.program.notes, *self.loader.notes, *self.notes, *filter(None, [self.samples.note])]
         for note in self.notes:
             say(f"note: {note}")

@@ -18,12 +18,13 @@ ORDER = """
     errors assets schema config chips devices distributed variants hf_config torus mesh retry remote hub sources
     transfer header shards weights lowrank quantise streaming sizes template tokenizer datafiles records turns
     formats transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic
-    links work timeline walk buffers splash attention projection experts model sites lora loading start loss optim job
-    budget roofline advice flags step preference program compiling runs metrics tracing checkpoint faults oom
-    meter trackers logbook sampler samples page report train adapters completions blas staging stage patch
-    difference merging verify sandbox verilog evaluate validate subject calibration workload plan plan_text
-    sweep plan_page plan_cli display data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers
-    tiny_archs tiny_config tiny_weights tiny cli
+    links work timeline walk buffers splash attention projection experts kv_cache model sites lora loading start
+    loss optim job budget roofline advice flags step preference program compiling runs metrics tracing
+    checkpoint faults oom meter trackers logbook drawing decoding sampler previews page report train adapters
+    asking completions endpoint chat sample_cli blas staging stage patch difference merging verify sandbox
+    verilog evaluate validate subject calibration workload plan plan_text sweep plan_page plan_cli display
+    data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
+    tiny_weights tiny cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -31,10 +32,10 @@ WITHOUT_JAX = """
     errors assets schema config chips devices distributed variants hf_config torus retry remote hub sources
     transfer header shards weights lowrank quantise sizes template tokenizer datafiles records turns formats
     transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic links
-    work timeline walk buffers job budget roofline advice flags compiling runs metrics faults trackers page
-    report blas staging stage patch difference sandbox verilog subject calibration workload plan_cli display
-    data_text data_page data_cli train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
-    cli
+    work timeline walk buffers job budget roofline advice flags compiling runs metrics asking endpoint chat
+    sample_cli faults trackers page report blas staging stage patch difference sandbox verilog subject
+    calibration workload plan_cli display data_text data_page data_cli train_cli tiny_tokenizer tiny_towers
+    tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}

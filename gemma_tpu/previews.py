@@ -9,7 +9,7 @@ from gemma_tpu.tokenizer import Tokenizer
 from gemma_tpu.variants import Architecture
 
 
-class Samples:
+class Previews:
     """Greedy, so that two of them differ only where the model does."""
 
     def __init__(self, section: EvalConfig, model_path: str, arch: Architecture):
