@@ -29,7 +29,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 HARMLESS = re.compile(
     r"^[ \t]*`(?:timescale|default_nettype|resetall|celldefine|endcelldefine)\b.*$", re.MULTILINE
 )
-TIMESCALE = re.compile(r"^[ \t]*`timescale[ \t]+(10{0,2})[ \t]*([munpf]?s)[ \t]*/[ \t]*(10{0,2})[ \t]*([munpf]?s)\b", re.M)
+TIMESCALE = re.compile(
+    r"^[ \t]*`timescale[ \t]+(10{0,2})[ \t]*([munpf]?s)[ \t]*/[ \t]*(10{0,2})[ \t]*([munpf]?s)\b", re.MULTILINE
+)
 NO_TIMESCALE = "`timescale 1s/1s"  # what the simulator takes where nothing is said
 FENCE = re.compile(r"```[ \t]*(?:verilog|systemverilog|sv|v)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 MARKED = re.compile(r"\[BEGIN\](.*?)(?:\[DONE\]|\Z)", re.DOTALL)  # as verilog-eval's own prompt asks for it
@@ -123,7 +125,7 @@ def _declared(stream: list[tuple[str, str]]) -> set[str]:
     found = set()
     for (before_kind, before), (kind, text), (_, after) in zip(stream, stream[1:], stream[2:], strict=False):
         placed = before_kind == "name" or before in ("]", "}", ")", ":", ",")
-        if kind == "name" and placed and before not in ("assign", "posedge", "negedge", "or", "return") and after != ".":
+        if kind == "name" and placed and after != ".":
             found.add(text)
     return found
 

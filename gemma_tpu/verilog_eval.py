@@ -216,6 +216,7 @@ def self_check(
 ) -> list[verilog.Verdict]:  # fmt: skip
     """Every reference as if a model had written it, through the very path of a completion."""
     completions = [f"```verilog\n{problem.reference}\n```\n" for problem in problems]
+    open_ended = [replace(problem, samples=verilog.ANY) for problem in problems]
     return verilog.score_all(
-        [replace(problem, samples=verilog.ANY) for problem in problems], completions, workers=workers, unsafe=unsafe, timeout=timeout, judge=judge, each=each
+        open_ended, completions, workers=workers, unsafe=unsafe, timeout=timeout, judge=judge, each=each
     )
