@@ -31,7 +31,8 @@ WITHOUT_JAX = """
     shards weights sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk buffers
     job budget roofline advice flags compiling runs metrics blas staging stage patch difference sandbox verilog_code
     verilog verilog_eval stats samples asking verilog_prompts own_prompts scorecard contamination scoring
-    eval_page arguments eval_cli subject calibration workload page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
+    eval_page arguments eval_cli
+    subject calibration workload page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
     cli
 """.split()
 
