@@ -36,9 +36,9 @@ def test_a_half_written_line_is_cut_off_and_missing(tmp_path):
 
 def test_other_settings_are_refused_with_the_differences(tmp_path):
     Store(tmp_path / "tuned.jsonl", SETTINGS).add(Sample("p", 0, "one"))
-    with pytest.raises(UserError, match=r"holds samples of another evaluation:\n  draw: .*'seed': 0.*'seed': 1") as said:
+    with pytest.raises(UserError, match=r"samples of another evaluation:\n  draw: .*'seed': 0.*'seed': 1") as said:
         Store(tmp_path / "tuned.jsonl", {"draw": {"n": 2, "seed": 1}, "model": "m"})
-    assert "model" not in str(said.value).replace("model: ", "model ")
+    assert "model:" not in str(said.value), "only what differs"
     assert Store(tmp_path / "base.jsonl", {"other": 1}).found == {}, "one model's settings are not another's"
 
 
@@ -56,7 +56,7 @@ def test_faulty_lines_are_named_all_at_once(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     with pytest.raises(UserError) as said:
         samples.read(path, ["p"])
-    for expected in ("line 2: sample 0 of p is there twice", "line 3: not {problem, sample, completion}: sample must be",
+    for expected in ("line 2: sample 0 of p is there twice", "line 3: not {problem, sample, completion}: sample must",
                      "line 4:", "line 5: no problem is called 'other'", "line 6: not JSON"):  # fmt: skip
         assert expected in str(said.value)
     path.write_text("\n")

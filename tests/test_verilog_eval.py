@@ -30,7 +30,8 @@ def ready(clone):
 def test_a_clone_is_read_in_order_and_strays_are_left_alone(clone, task):
     problems = verilog_eval.load(clone, task)
     assert [one.id for one in problems] == list(GATES)
-    assert problems[1].reference == design("  assign z = x | y;") and problems[1].ref_file.startswith("module RefModule")
+    assert problems[1].reference == design("  assign z = x | y;")
+    assert problems[1].ref_file.startswith("module RefModule")
     assert problems[0].header == (INTERFACE if task == COMPLETE else "")
     assert [one.id for one in verilog_eval.choose(problems, ["Prob003"])] == ["Prob003_xor"]
 
