@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu import scorecard, scoring
+from gemma_tpu.answering import Draw
 from gemma_tpu.arguments import positive, run_folder, seed, target
-from gemma_tpu.asking import Draw
 from gemma_tpu.errors import UserError
 from gemma_tpu.verilog_eval import TASKS
 from gemma_tpu.verilog_prompts import SETTINGS, STYLES
@@ -47,7 +47,8 @@ def verilog(args: argparse.Namespace) -> tuple[Result, int]:
             "eval verilog scores a TARGET, --samples FILE or --self-check, one of the three"
             + (f"; given: {', '.join(sources)}" if sources else "")
         )
-    common = {"task": args.task, "only": args.only, "unsafe": args.unsafe_no_sandbox, "workers": args.workers}
+    common = {"task": args.task, "only": args.only, "unsafe": args.unsafe_no_sandbox, "workers": args.workers,
+              "timeout": args.timeout}
     if args.target is None:
         _refuse_sampling(args, sources[0])
     if args.self_check:
@@ -90,6 +91,8 @@ def _add_verilog(one: argparse.ArgumentParser) -> None:
                      help="; ".join(f"{name}: {it}" for name, it in SETTINGS.items()) + " (official-low)")  # fmt: skip
     one.add_argument("--only", metavar="PROBLEM", action="append", default=[],
                      help="problems whose names begin so, e.g. Prob031; may be repeated")  # fmt: skip
+    one.add_argument("--timeout", metavar="S", type=positive, default=30,
+                     help="seconds for a compilation or a simulation (%(default)s, the official limit)")  # fmt: skip
     one.add_argument("--workers", metavar="N", type=positive, help="simulations at a time (all cores)")
     _add_sampling(one, "as --settings says")
     _add_scoring(one)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_tpu import (
     adapters,
-    asking,
+    answering,
     assets,
     contamination,
     loading,
@@ -27,7 +27,7 @@ from gemma_tpu import (
     verilog_eval,
     verilog_prompts,
 )  # fmt: skip
-from gemma_tpu.asking import Draw, Model, Question
+from gemma_tpu.answering import Draw, Model, Question
 from gemma_tpu.checkpoint import open_existing
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.errors import UserError
@@ -72,7 +72,7 @@ def tiny(
 def verilog_bench(
     target: str | Path, clone: Path, *, task: str = verilog_eval.TASKS[0], style: str = "official", shots: int = 0,
     draw: Draw, only: Sequence[str] = (), base: bool = True, step: int | None = None, unsafe: bool = False,
-    workers: int | None = None, out: Path | None = None, ks: Sequence[int] = (),
+    workers: int | None = None, timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """verilog-eval v2 for a run (and its base) or a model; samples are kept as they come, and a rerun goes on."""
     version = verilog.require(unsafe)
@@ -91,13 +91,16 @@ def verilog_bench(
     if runs.is_run(target):
         texts = {(one.id, part): getattr(one, part) for one in problems for part in ("prompt", "reference")}
         results["contamination"] = _contamination(target, texts)
+    else:
+        say("contamination was not checked: a model folder does not name its training data")
     models = _models(target, step, base)
     settings = {
         "eval": "verilog", "task": task, "style": style, "shots": shots,
         "prompts": _digest([[one.problem, list(one.messages)] for one in questions]),
     }  # fmt: skip
-    problems = scoring.scorable(problems, workers, unsafe)
-    results |= _measure(models, questions, draw, folder, settings, scoring.simulated(problems, unsafe, workers), ks)
+    problems = scoring.scorable(problems, workers, unsafe, timeout)
+    score = scoring.simulated(problems, unsafe, workers, timeout)
+    results |= _measure(models, questions, draw, folder, settings, score, ks)
     results["unscorable"] = {one.id: one.unscorable for one in problems if one.unscorable}
     scoring.keep(folder / "results.json", results)
     return scoring.told(results)
@@ -151,7 +154,7 @@ def _measure(
         entries[name] = scorecard.card(order, made, score(made), ks)
     results = entries.pop("tuned")
     if entries:
-        results = {**results, "base": {**entries["base"], "target": str(models["base"].path)}}
+        results = {**results, "base": {**entries["base"], "target": models["base"].identity()["model"]}}
         results["paired"] = scorecard.compare(entries["base"], results, ("base", "tuned"))
     return results
 
@@ -176,8 +179,7 @@ def _sampled(
             said += "; one half-written line was cut off and is drawn again"
         say(said)
         if missing:
-            for one in asking.answers(model, questions, draw, missing):
-                store.add(one)
+            answering.answer(model, questions, draw, missing, store.add)
         found[name] = [store.found[key] for key in wanted]
     return found
 

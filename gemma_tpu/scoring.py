@@ -15,7 +15,7 @@ Score = Callable[[Sequence[Sample]], list[verilog.Verdict]]
 
 def stored(
     file: Path, clone: Path, *, task: str = verilog_eval.TASKS[0], only: Sequence[str] = (), unsafe: bool = False,
-    workers: int | None = None, out: Path | None = None, ks: Sequence[int] = (),
+    workers: int | None = None, timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """Stored completions, ours or anyone's, scored; the same file always gives the same numbers."""
     version = verilog.require(unsafe)
@@ -27,8 +27,9 @@ def stored(
     if not made:
         raise UserError(f"{file}: holds no sample of the chosen problems")
     with_samples = {one.problem for one in made}
-    ready = scorable([one for one in problems if one.id in with_samples], workers, unsafe)
-    entry = scorecard.card([one.id for one in problems], made, simulated(ready, unsafe, workers)(made), ks)
+    ready = scorable([one for one in problems if one.id in with_samples], workers, unsafe, timeout)
+    verdicts = simulated(ready, unsafe, workers, timeout)(made)
+    entry = scorecard.card([one.id for one in problems], made, verdicts, ks)
     results = {
         **entry, "eval": "verilog", "target": str(file), "iverilog": version, "task": task,
         "unscorable": {one.id: one.unscorable for one in ready if one.unscorable},
@@ -41,12 +42,12 @@ def stored(
 
 def self_check(
     clone: Path, *, task: str = verilog_eval.TASKS[0], only: Sequence[str] = (), unsafe: bool = False,
-    workers: int | None = None,
+    workers: int | None = None, timeout: float = verilog_eval.TIMEOUT,
 ) -> Card:  # fmt: skip
     """Every reference through the path of a completion: names those that cannot pass with this simulator."""
     version = verilog.require(unsafe)
     problems = verilog_eval.choose(verilog_eval.load(clone, task), only)
-    verdicts = verilog_eval.self_check(problems, workers=workers, unsafe=unsafe)
+    verdicts = verilog_eval.self_check(problems, workers=workers, unsafe=unsafe, timeout=timeout)
     made = [Sample(one.id, 0, one.reference) for one in problems]
     entry = scorecard.card([one.id for one in problems], made, verdicts)
     say(f"{entry['passed']} of {entry['total']} references pass; {version}")
@@ -60,10 +61,13 @@ def self_check(
     }  # fmt: skip
 
 
-def simulated(problems: Sequence[verilog.Problem], unsafe: bool, workers: int | None = None) -> Score:
+def simulated(
+    problems: Sequence[verilog.Problem], unsafe: bool, workers: int | None = None,
+    timeout: float = verilog_eval.TIMEOUT,
+) -> Score:  # fmt: skip
     by_name = {one.id: one for one in problems}
     official = isinstance(problems[0], verilog_eval.EvalProblem)
-    how = {"judge": verilog_eval.judge, "timeout": verilog_eval.TIMEOUT} if official else {}
+    how = {"judge": verilog_eval.judge, "timeout": timeout} if official else {}
 
     def score(made: Sequence[Sample]) -> list[verilog.Verdict]:
         pairs = [by_name[one.problem] for one in made], [one.completion for one in made]
@@ -72,9 +76,11 @@ def simulated(problems: Sequence[verilog.Problem], unsafe: bool, workers: int | 
     return score
 
 
-def scorable(problems: Sequence[verilog_eval.EvalProblem], workers: int | None, unsafe: bool) -> list:
+def scorable(
+    problems: Sequence[verilog_eval.EvalProblem], workers: int | None, unsafe: bool, timeout: float
+) -> list[verilog_eval.EvalProblem]:
     """With what each reference gives here; says which problems nobody can pass with this simulator."""
-    ready = verilog_eval.measured(problems, workers=workers, unsafe=unsafe)
+    ready = verilog_eval.measured(problems, workers=workers, unsafe=unsafe, timeout=timeout)
     failing = [one.id for one in ready if one.unscorable]
     if failing:
         say(f"{len(failing)} of {len(ready)} problems cannot be passed with this simulator and count as failed: "

@@ -151,6 +151,8 @@ def measured(
 def judge(problem: EvalProblem, completion: str, *, unsafe: bool = False, timeout: float = TIMEOUT) -> verilog.Verdict:
     """Our verdict, and the official scorer's beside it."""
     mine = verilog.score(problem, completion, unsafe=unsafe, timeout=timeout)
+    if mine.kind == "timeout":  # the official scorer has the same limit, and would only wait for it again
+        return replace(mine, official=OFFICIAL["T"])
     return replace(mine, official=official(problem, completion, unsafe=unsafe, timeout=timeout))
 
 

@@ -7,7 +7,7 @@ for 1 to 4 shots are read from the clone.
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_tpu.asking import Draw, Question
+from gemma_tpu.answering import Draw, Question
 from gemma_tpu.errors import UserError
 from gemma_tpu.verilog_eval import FETCH, TASKS, TOP, EvalProblem
 

@@ -10,8 +10,8 @@ from runs_helper import first_rows, write_base
 from verilog_helper import GATES, answer, needs_simulator, write_clone
 
 import gemma_tpu
-from gemma_tpu import asking, evaluate, runs, sampler, samples, scorecard, verilog
-from gemma_tpu.asking import Draw, Model, Question
+from gemma_tpu import answering, evaluate, runs, sampler, samples, scorecard, verilog
+from gemma_tpu.answering import Draw, Model, Question
 from gemma_tpu.data import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.samples import Sample
@@ -96,7 +96,7 @@ def test_several_samples_of_a_problem_give_pass_at_k(base32, three, monkeypatch)
 def test_a_run_is_scored_beside_its_base_and_keeps_the_verdicts(whole_run, base32, three, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path / "run")
     found = evaluate.tiny(tmp_path / "run", draw=FEW)
-    assert found["base"]["total"] == 3
+    assert found["base"]["target"] == str(base32) and found["base"]["total"] == 3
     stored = json.loads((tmp_path / "run" / "eval_tiny.json").read_text())
     assert stored == json.loads(json.dumps(found))
     tuned, base = ([entry["completions"] for entry in part["per_problem"].values()]
@@ -122,16 +122,21 @@ WARM = Draw(n=2, temperature=1.0, max_new_tokens=4, seed=3)
 WANTED = {(question.problem, number) for question in QUESTIONS for number in range(2)}
 
 
+def collected(model, draw, wanted):
+    found = []
+    answering.answer(model, QUESTIONS, draw, wanted, found.append)
+    return {one.key: one for one in found}
+
+
 def test_an_interrupted_evaluation_gives_what_an_uninterrupted_one_gives(base32, monkeypatch):
-    monkeypatch.setattr(asking, "ROWS", 3)
+    monkeypatch.setattr(answering, "ROWS", 3)
     model = Model(base32)
-    whole = {one.key: one for one in asking.answers(model, QUESTIONS, WARM, WANTED)}
+    whole = collected(model, WARM, WANTED)
     assert whole.keys() == WANTED and len({one.completion for one in whole.values()}) > 4
     left = {("q1", 1), ("q3", 0)}
-    rest = {one.key: one for one in asking.answers(model, QUESTIONS, WARM, left)}
+    rest = collected(model, WARM, left)
     assert rest == {key: whole[key] for key in left}
-    other = asking.answers(model, QUESTIONS, dataclasses.replace(WARM, seed=4), WANTED)
-    assert {one.key: one for one in other} != whole
+    assert collected(model, dataclasses.replace(WARM, seed=4), WANTED) != whole
 
 
 def test_greedy_samples_would_all_be_the_same():
@@ -144,16 +149,16 @@ def oracle(monkeypatch):
     """Models that answer at once: the base is right on one problem, the tuned model on two; it counts what it draws."""
     drawn = []
 
-    def answered(model, questions, draw, wanted):
+    def answered(model, questions, draw, wanted, each):
         right = list(GATES)[: 1 if model.base else 2]
         for question in questions:
             for number in range(draw.n):
                 if (question.problem, number) in wanted:
                     drawn.append((model.base, question.problem, number))
                     text = answer(question.problem, question.problem in right)
-                    yield Sample(question.problem, number, text, "stop", 9)
+                    each(Sample(question.problem, number, text, "stop", 9))
 
-    monkeypatch.setattr(asking, "answers", answered)
+    monkeypatch.setattr(answering, "answer", answered)
     return drawn
 
 

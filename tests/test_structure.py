@@ -19,7 +19,7 @@ ORDER = """
     header shards weights streaming sizes tokenizer rows packing corpus data hlo trips flops traffic links work
     timeline walk buffers splash attention projection experts model lora loading loss job budget roofline advice
     flags optim step program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
-    patch difference merging verify sandbox verilog_code verilog verilog_eval stats samples asking verilog_prompts
+    patch difference merging verify sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts
     own_prompts scorecard contamination scoring evaluate validate subject calibration workload plan plan_text sweep
     page plan_page plan_cli eval_page arguments eval_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights
     tiny cli
@@ -30,7 +30,7 @@ WITHOUT_JAX = """
     errors assets schema config chips devices variants hf_config torus retry remote hub sources transfer header
     shards weights sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk buffers
     job budget roofline advice flags compiling runs metrics blas staging stage patch difference sandbox verilog_code
-    verilog verilog_eval stats samples asking verilog_prompts own_prompts scorecard contamination scoring
+    verilog verilog_eval stats samples answering verilog_prompts own_prompts scorecard contamination scoring
     eval_page arguments eval_cli
     subject calibration workload page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
     cli

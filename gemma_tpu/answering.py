@@ -1,10 +1,10 @@
 """The one seam between evaluations and whatever completes prompts: questions in, samples out as they are made.
 
-An evaluation calls `answers` and nothing else. A sample depends on its question, its number and the seed alone, so
+An evaluation calls `answer` and nothing else. A sample depends on its question, its number and the seed alone, so
 that an interrupted evaluation gives what an uninterrupted one gives.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,16 @@ class Model:
         return known if self.base else {**known, "run": str(self.path), "step": trained.step}
 
 
-def answers(model: Model, questions: Sequence[Question], draw: Draw, wanted: Collection[Key]) -> Iterator[Sample]:
-    """The wanted samples, as they come: `draw.n` of each question are numbered from 0."""
+def answer(
+    model: Model, questions: Sequence[Question], draw: Draw, wanted: Collection[Key], each: Callable[[Sample], Any]
+) -> None:
+    """Calls `each` with the wanted samples as they come; `draw.n` of each question are numbered from 0."""
     from gemma_tpu import adapters, runs, sampler
     from gemma_tpu.tokenizer import Tokenizer
 
-    settings = sampler.Settings(draw.max_new_tokens, draw.temperature, draw.top_k, draw.top_p, draw.seed)
+    settings = sampler.Settings(
+        max_new_tokens=draw.max_new_tokens, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p
+    )
     if runs.is_run(model.path):
         trained = adapters.read(model.path, model.step)
         folder = trained.base_folder
@@ -89,4 +93,4 @@ def answers(model: Model, questions: Sequence[Question], draw: Draw, wanted: Col
         made = sampler.generate(decoder, [prompts[name] for name, _ in chosen], tokenizer.stop_ids, seeded, rows=ROWS)
         for key, one in zip(chosen, made, strict=True):
             if key in wanted:
-                yield Sample(*key, tokenizer.decode(one.tokens), one.finish_reason, len(one.tokens))
+                each(Sample(*key, tokenizer.decode(one.tokens), one.finish_reason, len(one.tokens)))
