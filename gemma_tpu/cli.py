@@ -16,7 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, data_cli, devices, plan_cli, runs, sample_cli, train_cli
+from gemma_tpu import __version__, assets, config, data_cli, devices, eval_cli, plan_cli, sample_cli, train_cli
+from gemma_tpu.arguments import positive as _positive
+from gemma_tpu.arguments import run_folder as _run_folder
+from gemma_tpu.arguments import seed as _seed
+from gemma_tpu.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -30,6 +34,7 @@ examples:
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
+  gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json    is the difference significant?
   gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
 
 TARGET is a run folder (its adapter is applied) or a model folder.
@@ -160,42 +165,7 @@ def sample(args: argparse.Namespace) -> tuple[Result, int]:
     return sample_cli.run(args, target, prompts, _settings(args))
 
 
-def eval_tiny(args: argparse.Namespace) -> tuple[Result, int]:
-    target = _target(args.target)
-    if args.samples > 1 and args.temperature == 0:
-        raise UserError(f"{args.samples} samples at temperature 0 would all be the same; set --temperature")
-    from gemma_tpu import evaluate
-
-    return evaluate.tiny(target, base=args.base, unsafe=args.unsafe_no_sandbox, settings=_settings(args),
-                         samples=args.samples), 0  # fmt: skip
-
-
-def eval_loss(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.target)
-    from gemma_tpu import evaluate
-
-    return evaluate.loss(run), 0
-
-
 # --- what the user points at ---
-
-
-def _run_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; RUN_DIR is the run_dir of a config that was trained")
-    runs.read_config(path)
-    return path
-
-
-def _target(text: str) -> Path:
-    if "://" in text:
-        raise UserError(f"{text}: this version takes folders only: a run folder or a model folder")
-    path = Path(text)
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; TARGET is a run folder or a model folder")
-    if not runs.is_run(path) and not (path / "config.json").is_file():
-        raise UserError(f"{path}: neither a run folder (config.yaml) nor a model folder (config.json)")
-    return path
 
 
 def _read_prompt(path: Path) -> str:
@@ -333,19 +303,9 @@ def _add_eval(commands: Any) -> None:
     group = commands.add_parser("eval", help="measure a run or a model", description=about, epilog=example)
     evals = group.add_subparsers(metavar="EVAL", required=True)
 
-    example = "gemma-tpu eval tiny runs/tiny_cpu --samples 5 --temperature 0.8"
-    about = "pass@1 on the bundled Verilog problems, by simulation in a sandbox"
-    one = _command(evals, "tiny", eval_tiny, about, example)
-    _add_target(one)
-    one.add_argument("--no-base", dest="base", action="store_false", help="leave out the base of a run")
-    one.add_argument("--samples", type=_positive, default=1, help="completions of each problem (1)")
-    one.add_argument("--unsafe-no-sandbox", action="store_true",
-                     help="simulate without isolation where no sandbox works")  # fmt: skip
-    _add_drawing(one, max_new_tokens=192)
-
-    about = "loss on the held-out rows of a run's config, base and tuned"
-    one = _command(evals, "loss", eval_loss, about, "gemma-tpu eval loss runs/tiny_cpu")
-    one.add_argument("target", metavar="TARGET", type=Path, help="a run folder")
+    for name, run, about, example, add in eval_cli.EVALS:
+        add(_command(evals, name, run, about, example))
+    eval_cli.add_compare(_command(commands, "compare", eval_cli.compare, *eval_cli.COMPARE))
 
 
 def _command(commands: Any, name: str, run: Callable, about: str, example: str) -> Parser:
@@ -375,21 +335,3 @@ def _add_drawing(one: Parser, max_new_tokens: int) -> None:
                      help="leave out tokens below P times the likeliest (%(default)s)")  # fmt: skip
     one.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="(%(default)s)")
     one.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 4294967295")
-    return number
-
-
-# argparse names the type in "invalid … value".
-_positive.__name__ = _seed.__name__ = "integer"

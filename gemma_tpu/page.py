@@ -69,6 +69,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence
     return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
+def details(summary: str, body: str) -> str:
+    """What is shown when its summary is clicked; `body` is HTML."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
 # --- pictures ---
 
 

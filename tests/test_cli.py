@@ -68,7 +68,8 @@ assert not {"jax", "flax", "orbax", "transformers"} & set(sys.modules), "heavy i
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "validate", "tiny", "merge", "verify", "sample", "eval tiny", "eval loss"]
+    "command", ["train", "validate", "tiny", "merge", "verify", "sample", "eval tiny", "eval verilog", "eval loss",
+                "eval prompts", "compare"],
 )
 def test_each_command_has_help_with_an_example(run, command):
     code, out, _ = run(*command.split(), "--help")

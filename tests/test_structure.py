@@ -22,9 +22,10 @@ ORDER = """
     loss optim job budget roofline advice flags step preference program compiling runs metrics tracing
     checkpoint faults oom meter trackers logbook drawing decoding sampler previews page report train adapters
     asking completions endpoint chat sample_cli blas staging stage patch difference merging verify sandbox
-    verilog evaluate validate subject calibration workload plan plan_text sweep plan_page plan_cli display
-    data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
-    tiny_weights tiny cli
+    verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts scorecard
+    contamination scoring evaluate validate subject calibration workload plan plan_text sweep plan_page plan_cli
+    eval_page arguments eval_cli display data_text data_page data_cli rehearsal train_cli tiny_tokenizer
+    tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -33,9 +34,10 @@ WITHOUT_JAX = """
     transfer header shards weights lowrank quantise sizes template tokenizer datafiles records turns formats
     transforms rows encoding workers tokens packing selection corpus data pairs hlo trips flops traffic links
     work timeline walk buffers job budget roofline advice flags compiling runs metrics asking endpoint chat
-    sample_cli faults trackers page report blas staging stage patch difference sandbox verilog subject
-    calibration workload plan_cli display data_text data_page data_cli train_cli tiny_tokenizer tiny_towers
-    tiny_archs tiny_config tiny_weights tiny cli
+    sample_cli faults trackers page report blas staging stage patch difference sandbox verilog_code verilog
+    verilog_eval stats samples answering verilog_prompts own_prompts scorecard contamination scoring eval_page
+    arguments eval_cli subject calibration workload plan_cli display data_text data_page data_cli train_cli
+    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
