@@ -5,10 +5,11 @@ that an interrupted evaluation gives what an uninterrupted one gives.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu.asking import Asked
 from gemma_tpu.errors import UserError
 from gemma_tpu.samples import Key, Sample
 
@@ -47,50 +48,59 @@ class Draw:
 
 @dataclass(frozen=True)
 class Model:
-    """What answers: a run folder at a step, its base, or a model folder."""
+    """What answers: a run folder at a step, its base, a model folder, or the URL of an OpenAI-compatible server."""
 
-    path: Path
+    target: Path | str
     step: int | None = None
     base: bool = False  # of a run folder: what it was trained from
+    served: str | None = None  # which of a server's models; its only one by default
 
     def identity(self) -> dict[str, Any]:
         """What stored samples belong to; reads headers only."""
         from gemma_tpu import adapters, runs
         from gemma_tpu.shards import open_checkpoint
 
-        if not runs.is_run(self.path):
-            return {"model": str(self.path), "fingerprint": open_checkpoint(self.path).fingerprint()}
-        trained = adapters.read(self.path, self.step)
+        if isinstance(self.target, str):
+            return {"model": self.served, "url": self.target}
+        if not runs.is_run(self.target):
+            return {"model": str(self.target), "fingerprint": open_checkpoint(self.target).fingerprint()}
+        trained = adapters.read(self.target, self.step)
         known = {"model": str(trained.base_folder), "fingerprint": trained.record["base"]["fingerprint"]}
-        return known if self.base else {**known, "run": str(self.path), "step": trained.step}
+        return known if self.base else {**known, "run": str(self.target), "step": trained.step}
 
 
 def answer(
     model: Model, questions: Sequence[Question], draw: Draw, wanted: Collection[Key], each: Callable[[Sample], Any]
 ) -> None:
     """Calls `each` with the wanted samples as they come; `draw.n` of each question are numbered from 0."""
-    from gemma_tpu import adapters, runs, sampler
+    from gemma_tpu.drawing import Settings
+
+    settings = Settings(
+        max_new_tokens=draw.max_new_tokens, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p,
+        seed=draw.seed,
+    )  # fmt: skip
+    keys = [key for one in questions for number in range(draw.n) if (key := (one.problem, number)) in wanted]
+    turns = {one.problem: list(map(dict, one.messages)) for one in questions}
+
+    def done(place: int, made: dict[str, Any]) -> None:
+        count = len(made["tokens"] or ())  # servers give text alone
+        each(Sample(*keys[place], made["text"], made["finish_reason"] or "", count))
+
+    _writer(model).write([Asked(turns[name], number) for name, number in keys], settings, on_done=done)
+
+
+def _writer(model: Model) -> Any:
+    if isinstance(model.target, str):
+        from gemma_tpu.endpoint import Endpoint
+
+        return Endpoint(model.target, model=model.served)
+    from gemma_tpu import adapters, completions, runs, sampler
     from gemma_tpu.tokenizer import Tokenizer
 
-    settings = sampler.Settings(
-        max_new_tokens=draw.max_new_tokens, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p
-    )
-    if runs.is_run(model.path):
-        trained = adapters.read(model.path, model.step)
+    mesh = completions.mesh_for(model.target)
+    folder, trained = model.target, None
+    if runs.is_run(model.target):
+        trained = adapters.read(model.target, model.step)
         folder = trained.base_folder
-        decoder = adapters.load(folder, None if model.base else trained)
-    else:
-        folder, decoder = model.path, adapters.load(model.path)
-    tokenizer = Tokenizer(folder)
-    prompts = {one.problem: tokenizer.prompt(list(one.messages)) for one in questions}
-    keys = [(one.problem, number) for one in questions for number in range(draw.n)]
-    # Batches are cut from the whole list and carry seeds of their own: what is drawn does not depend on what is left.
-    for batch, start in enumerate(range(0, len(keys), ROWS)):
-        chosen = keys[start : start + ROWS]
-        if not set(chosen) & set(wanted):
-            continue
-        seeded = replace(settings, seed=(draw.seed + 1_000_003 * batch) % 2**32)
-        made = sampler.generate(decoder, [prompts[name] for name, _ in chosen], tokenizer.stop_ids, seeded, rows=ROWS)
-        for key, one in zip(chosen, made, strict=True):
-            if key in wanted:
-                each(Sample(*key, tokenizer.decode(one.tokens), one.finish_reason, len(one.tokens)))
+    decoder = adapters.load(folder, None if model.base else trained, mesh)
+    return completions.Writer(sampler.Sampler(decoder, rows=ROWS), Tokenizer(folder))

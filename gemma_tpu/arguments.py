@@ -15,14 +15,17 @@ def run_folder(path: Path) -> Path:
 
 
 def target(text: str) -> Path:
-    if "://" in text:
-        raise UserError(f"{text}: this version takes folders only: a run folder or a model folder")
     path = Path(text)
     if not path.exists():
         raise UserError(f"{path}: no such folder; TARGET is a run folder or a model folder")
     if not runs.is_run(path) and not (path / "config.json").is_file():
         raise UserError(f"{path}: neither a run folder (config.yaml) nor a model folder (config.json)")
     return path
+
+
+def any_target(text: str) -> Path | str:
+    """A folder, or the URL of a server."""
+    return text if "://" in text else target(text)
 
 
 def positive(text: str) -> int:

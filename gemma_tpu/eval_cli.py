@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_tpu import scorecard, scoring
 from gemma_tpu.answering import Draw
-from gemma_tpu.arguments import positive, run_folder, seed, target
+from gemma_tpu.arguments import any_target, positive, run_folder, seed
 from gemma_tpu.errors import UserError
 from gemma_tpu.verilog_eval import TASKS
 from gemma_tpu.verilog_prompts import SETTINGS, STYLES
@@ -22,11 +22,11 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 
 def tiny(args: argparse.Namespace) -> tuple[Result, int]:
-    where, draw = target(args.target), _draw(args, Draw(max_new_tokens=192))
+    where, draw = any_target(args.target), _draw(args, Draw(max_new_tokens=192))
     from gemma_tpu import evaluate
 
     found = evaluate.tiny(where, base=args.base, unsafe=args.unsafe_no_sandbox, draw=draw, step=args.step,
-                          out=args.out, ks=args.k)  # fmt: skip
+                          served=args.model, out=args.out, ks=args.k)  # fmt: skip
     return _finish(found, args.html)
 
 
@@ -58,18 +58,19 @@ def verilog(args: argparse.Namespace) -> tuple[Result, int]:
     if args.samples:
         found = scoring.stored(args.samples, args.problems, out=args.out, ks=args.k, **common)
         return _finish(found, args.html)
-    where, draw = target(args.target), _draw(args, SETTINGS[args.settings or "official-low"])
+    where, draw = any_target(args.target), _draw(args, SETTINGS[args.settings or "official-low"])
     from gemma_tpu import evaluate
 
     found = evaluate.verilog_bench(
         where, args.problems, style=args.style or "official", shots=args.shots or 0, draw=draw, base=args.base,
-        step=args.step, out=args.out, ks=args.k, **common,
+        step=args.step, served=args.model, out=args.out, ks=args.k, **common,
     )  # fmt: skip
     return _finish(found, args.html)
 
 
 def _refuse_sampling(args: argparse.Namespace, source: str) -> None:
-    names = ("n", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "settings", "style", "shots", "step")
+    names = ("n", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "settings", "style", "shots", "step",
+             "model")  # fmt: skip
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     given += [] if args.base else ["--no-base"]
     if given:
@@ -104,11 +105,11 @@ def _add_verilog(one: argparse.ArgumentParser) -> None:
 def prompts(args: argparse.Namespace) -> tuple[Result, int]:
     if Path(args.file).is_dir():  # TARGET FILE is as clear as FILE TARGET
         args.file, args.target = Path(args.target), str(args.file)
-    where, draw = target(args.target), _draw(args, Draw(max_new_tokens=256))
+    where, draw = any_target(args.target), _draw(args, Draw(max_new_tokens=256))
     from gemma_tpu import evaluate
 
     return _finish(evaluate.prompts(where, args.file, args.scorer, draw=draw, base=args.base, step=args.step,
-                                    out=args.out), args.html)  # fmt: skip
+                                    served=args.model, out=args.out), args.html)  # fmt: skip
 
 
 def _add_prompts(one: argparse.ArgumentParser) -> None:
@@ -188,7 +189,9 @@ EVALS: tuple[tuple[str, Callable, str, str, Add], ...] = (
 
 
 def _add_target(one: argparse.ArgumentParser, **more: Any) -> None:
-    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied) or a model folder", **more)
+    one.add_argument("target", metavar="TARGET", **more,
+                     help="a run folder (adapter applied), a model folder, or a server's URL")  # fmt: skip
+    one.add_argument("--model", metavar="NAME", help="which of a server's models; by default its only one")
 
 
 def _add_sampling(one: argparse.ArgumentParser, default: str) -> None:

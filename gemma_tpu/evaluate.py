@@ -6,6 +6,7 @@ base says nothing about the training.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,21 @@ TINY = Draw(max_new_tokens=192)
 
 def tiny(
     target: str | Path, *, base: bool = True, unsafe: bool = False, draw: Draw = TINY, step: int | None = None,
-    out: Path | None = None, ks: Sequence[int] = (),
+    served: str | None = None, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """pass@k on the bundled held-out problems; for a run folder, of its base too, and kept in eval_tiny.json."""
     version = verilog.require(unsafe)
     problems = verilog.load_problems(assets.resolve(PROBLEMS))
     questions = [Question(one.id, [{"role": "user", "content": one.prompt}]) for one in problems]
-    target = Path(target)
-    models = _models(target, step, base)
-    folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if runs.is_run(target) else None)
+    target = _place(target)
+    models = _models(target, step, base, served)
+    folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
     results = _measure(
         models, questions, draw, folder, {"eval": "tiny", "problems": _digest([vars(one) for one in problems])},
         scoring.simulated(problems, unsafe), ks,
     )  # fmt: skip
     results |= {"eval": "tiny", "target": str(target), "iverilog": version}
-    if runs.is_run(target):
+    if _is_run(target):
         results["contamination"] = _contamination(target, {(one.id, "prompt"): one.prompt for one in problems})
         path = target / "eval_tiny.json"
         scoring.keep(path, results)
@@ -71,16 +72,17 @@ def tiny(
 
 def verilog_bench(
     target: str | Path, clone: Path, *, task: str = verilog_eval.TASKS[0], style: str = "official", shots: int = 0,
-    draw: Draw, only: Sequence[str] = (), base: bool = True, step: int | None = None, unsafe: bool = False,
-    workers: int | None = None, timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
+    draw: Draw, only: Sequence[str] = (), base: bool = True, step: int | None = None,
+    served: str | None = None, unsafe: bool = False, workers: int | None = None,
+    timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """verilog-eval v2 for a run (and its base) or a model; samples are kept as they come, and a rerun goes on."""
     version = verilog.require(unsafe)
     problems = verilog_eval.choose(verilog_eval.load(clone, task), only)
     questions = verilog_prompts.questions(problems, style, shots, clone)
-    target = Path(target)
+    target = _place(target)
     name = f"verilog_{task}_{Path(style).stem}{shots}_{_slug(draw)}{_at(target, step)}"
-    folder = out or (target / "evals" if runs.is_run(target) else Path("evals") / target.resolve().name) / name
+    folder = out or _home(target) / name
     say(f"verilog-eval v2, {task}, {style} prompt, {shots} shots, {draw}; {version}")
     for note in filter(None, [verilog_prompts.NOTES.get(style)]):
         say(f"note: {note}")
@@ -88,12 +90,12 @@ def verilog_bench(
         "eval": "verilog", "target": str(target), "iverilog": version, "task": task, "style": style, "shots": shots,
         "draw": draw.json(),
     }  # fmt: skip
-    if runs.is_run(target):
+    if _is_run(target):
         texts = {(one.id, part): getattr(one, part) for one in problems for part in ("prompt", "reference")}
         results["contamination"] = _contamination(target, texts)
     else:
-        say("contamination was not checked: a model folder does not name its training data")
-    models = _models(target, step, base)
+        say("contamination was not checked: only a run folder names its training data")
+    models = _models(target, step, base, served)
     settings = {
         "eval": "verilog", "task": task, "style": style, "shots": shots,
         "prompts": _digest([[one.problem, list(one.messages)] for one in questions]),
@@ -108,19 +110,19 @@ def verilog_bench(
 
 def prompts(
     target: str | Path, file: Path, scorer: str, *, draw: Draw, base: bool = True, step: int | None = None,
-    out: Path | None = None,
+    served: str | None = None, out: Path | None = None,
 ) -> Card:  # fmt: skip
     """Prompts of the user's own, scored by a function of the user's: base and tuned, intervals, paired test."""
     from gemma_tpu import own_prompts
 
     rows = own_prompts.read(file)
     judge = own_prompts.scorer(scorer)
-    target = Path(target)
-    folder = out or (target / "evals" if runs.is_run(target) else Path("evals") / target.resolve().name) / (
+    target = _place(target)
+    folder = out or _home(target) / (
         f"prompts_{file.stem}_{_slug(draw)}{_at(target, step)}"
     )
     questions = [Question(row.name, row.messages) for row in rows]
-    stored = _sampled(_models(target, step, base), questions, draw, folder,
+    stored = _sampled(_models(target, step, base, served), questions, draw, folder,
                       {"eval": "prompts", "file": _digest([row.record for row in rows])})  # fmt: skip
     entries = {name: own_prompts.card(rows, made, judge) for name, made in stored.items()}
     results = {**entries.pop("tuned"), "eval": "prompts", "target": str(target), "scorer": scorer, "draw": draw.json()}
@@ -136,11 +138,30 @@ def prompts(
 # --- the parts ---
 
 
-def _models(target: Path, step: int | None, base: bool) -> dict[str, Model]:
-    if not runs.is_run(target):
+def _place(target: str | Path) -> str | Path:
+    """A server's URL as it stands, everything else as a path."""
+    return target if "://" in str(target) else Path(target)
+
+
+def _is_run(target: str | Path) -> bool:
+    return isinstance(target, Path) and runs.is_run(target)
+
+
+def _home(target: str | Path) -> Path:
+    """Where evaluations of the target are kept by default."""
+    if _is_run(target):
+        return target / "evals"
+    name = target.resolve().name if isinstance(target, Path) else re.sub(r"\W+", "_", target.partition("://")[2])
+    return Path("evals") / name
+
+
+def _models(target: str | Path, step: int | None, base: bool, served: str | None) -> dict[str, Model]:
+    if served is not None and isinstance(target, Path):
+        raise UserError(f"--model {served}: belongs to a server's URL; {target} is a folder")
+    if not _is_run(target):
         if step is not None:
-            raise UserError(f"--step {step}: {target} is a model folder, and only a run folder has steps")
-        return {"tuned": Model(target)}
+            raise UserError(f"--step {step}: {target} is no run folder, and only a run folder has steps")
+        return {"tuned": Model(target, served=served)}
     return ({"base": Model(target, step, base=True)} if base else {}) | {"tuned": Model(target, step)}
 
 
@@ -172,7 +193,7 @@ def _sampled(
             {**settings, "draw": draw.json(), **({} if folder is None else model.identity())},
         )
         missing = store.missing(wanted)
-        said = f"{name} {model.path}: {len(questions)} problems x {draw.n} samples, {draw}"
+        said = f"{name} {model.target}: {len(questions)} problems x {draw.n} samples, {draw}"
         if store.path is not None:
             said += f"; {len(wanted) - len(missing)} are there, {len(missing)} to draw, kept in {store.path}"
         if store.dropped:
@@ -199,9 +220,9 @@ def _slug(draw: Draw) -> str:
     return f"n{draw.n}_t{draw.temperature:g}_p{draw.top_p:g}_s{draw.seed}"
 
 
-def _at(target: Path, step: int | None) -> str:
+def _at(target: str | Path, step: int | None) -> str:
     """The checkpoint's part of a name: samples of two checkpoints must not meet."""
-    return f"_step{step or adapters.read(target).step}" if runs.is_run(target) else ""
+    return f"_step{step or adapters.read(target).step}" if _is_run(target) else ""
 
 
 def _digest(value: Any) -> str:

@@ -34,13 +34,15 @@ def answers(monkeypatch, base, texts: list[str]):
     """A model that says these texts, one for each prompt; returns the prompts that it got."""
     tokenizer, asked = Tokenizer(base), []
 
-    def generate(model, prompts, stop_ids, settings, **more):
+    def run(self, prompts, stop_ids, settings, on_done, **more):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         assert tuple(stop_ids) == tokenizer.stop_ids
-        encoded = [tokenizer.encode(text) for text in texts]
-        return [sampler.Completion(ids, "stop", [0.0] * len(ids)) for ids in encoded]
+        made = [sampler.Completion(ids, "stop", [0.0] * len(ids)) for ids in map(tokenizer.encode, texts)]
+        for place, one in enumerate(made):
+            on_done(place, one)
+        return made
 
-    monkeypatch.setattr(sampler, "generate", generate)
+    monkeypatch.setattr(sampler.Sampler, "run", run)
     return asked
 
 
@@ -129,7 +131,7 @@ def collected(model, draw, wanted):
 
 
 def test_an_interrupted_evaluation_gives_what_an_uninterrupted_one_gives(base32, monkeypatch):
-    monkeypatch.setattr(answering, "ROWS", 3)
+    monkeypatch.setattr(answering, "ROWS", 3)  # and slots are given to others as samples end
     model = Model(base32)
     whole = collected(model, WARM, WANTED)
     assert whole.keys() == WANTED and len({one.completion for one in whole.values()}) > 4
@@ -198,9 +200,32 @@ def test_verilog_eval_of_a_run_has_both_models_both_verdicts_and_goes_on_where_i
     assert len(list((run / "evals").glob("*_step3"))) == 1, "another checkpoint, another folder"
 
 
+@needs_simulator
+def test_a_server_in_the_place_of_a_model(tmp_path, monkeypatch):
+    class Server:
+        def __init__(self, url, model=None):
+            assert (url, model) == ("http://localhost:8000/v1", "mine")
+
+        def write(self, asked, settings, on_done):
+            for place, one in enumerate(asked):
+                gate = next(name for name, gate in GATES.items() if f"give z as {gate}." in one.prompt[1]["content"])
+                made = {"text": answer(gate), "tokens": None, "finish_reason": "stop", "logprobs": None}
+                on_done(place, made)
+
+    monkeypatch.setattr("gemma_tpu.endpoint.Endpoint", Server)
+    monkeypatch.chdir(tmp_path)
+    clone = write_clone(tmp_path / "clone")
+    found = evaluate.verilog_bench("http://localhost:8000/v1", clone, draw=Draw(), served="mine")
+    assert (found["passed"], found["target"]) == (3, "http://localhost:8000/v1") and "base" not in found
+    [kept] = (tmp_path / "evals" / "localhost_8000_v1").iterdir()
+    assert json.loads((kept / "tuned.settings.json").read_text())["url"] == "http://localhost:8000/v1"
+    with pytest.raises(UserError, match="--model mine: belongs to a server's URL"):
+        evaluate._models(tmp_path, None, True, "mine")
+
+
 def test_steps_belong_to_runs(base32):
-    with pytest.raises(UserError, match="--step 3: .* is a model folder, and only a run folder has steps"):
-        evaluate._models(base32, 3, True)
+    with pytest.raises(UserError, match="--step 3: .* is no run folder, and only a run folder has steps"):
+        evaluate._models(base32, 3, True, None)
 
 
 def test_prompts_of_ones_own_are_scored_for_base_and_tuned(whole_run, tmp_path, oracle, monkeypatch, capsys):
