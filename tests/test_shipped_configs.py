@@ -132,6 +132,15 @@ def test_a_tpu_config_packs_and_keeps_what_fits_or_is_the_papers(file):
         assert config.data.transform is None
 
 
+@pytest.mark.parametrize("file", ON_TPU, ids=lambda file: file.stem)
+def test_the_header_says_what_the_table_of_plans_says(file):
+    table = (ROOT / "benchmarks/README.md").read_text()
+    (row,) = re.findall(rf"^\| {file.stem} \|.*$", table, re.M)
+    _, _, _, peak, _, _, rate, mfu, usd, _ = (cell.strip() for cell in row.strip("|").split("|"))
+    assert f"{rate} tokens/s, MFU {mfu}, {peak} GiB a chip" in file.read_text()
+    assert size_of(file) == "gemma4-31b" or f"${usd} per million tokens" in file.read_text()
+
+
 def test_the_defaults_are_tiny_cpu():
     assert load("tiny_cpu.yaml") == Config()
     assert load(ROOT / "configs/tiny_cpu.yaml") == Config()

@@ -1,7 +1,6 @@
 """gemma_tpu's turn: the program that `gemma-tpu train` compiles, fed by its own loader, packed."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,21 +9,24 @@ from turns import Rows, Turns, settings
 
 from gemma_tpu import config as configs
 from gemma_tpu import loading, mesh, program, start
-from gemma_tpu.corpus import Prepared
 from gemma_tpu.data import Loader, make_loader
-from gemma_tpu.rows import Tally
 
 
-def prepared(rows: Rows, max_seq_len: int) -> Prepared:
-    """What `data.prepare` gives after the tokenizer, whose output the rows are; every token is a target."""
-    lengths = np.array([len(row) for row in rows])
-    ids = np.concatenate(rows).astype(np.int32)
-    return Prepared(
-        ids=ids, mask=np.ones(len(ids), bool), offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        file_N=np.zeros(len(rows), np.int32), line_N=np.arange(1, len(rows) + 1), measured=lengths,
-        files=[Path("rows.json")], format="ids", rows=len(rows), dropped=Tally(), max_seq_len=max_seq_len,
-        pad_id=0, notes=[],
-    )  # fmt: skip
+class Ids:
+    """Rows that no tokenizer made, as `data.make_loader` wants them; every token is a target."""
+
+    pad_id, fingerprint = 0, 0
+
+    def __init__(self, rows: Rows):
+        self.rows = [np.asarray(row, np.int32) for row in rows]
+        self.lengths = np.array([len(row) for row in rows])
+        self.tokens = int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self.rows[row], np.ones(len(self.rows[row]), bool))]
 
 
 def assemble(chosen: dict[str, Any], rows: Rows) -> tuple[program.Program, Loader, int]:
@@ -42,7 +44,7 @@ def assemble(chosen: dict[str, Any], rows: Rows) -> tuple[program.Program, Loade
     shardings, _ = loading.place(model, device_mesh)
     loading.load_base(model, checkpoint, shardings)
     start.begin(model, config.lora, config.train.seed, shardings)
-    loader = make_loader(prepared(rows, config.data.max_seq_len), max_seq_len=config.data.max_seq_len,
+    loader = make_loader(Ids(rows), max_seq_len=config.data.max_seq_len,
                          packing="pack", batch_size=1, accumulation=1, seed=0, steps=config.train.steps)  # fmt: skip
     parameters = sum(int(np.prod(v.shape)) for v in loading.variables(model).values())
     step = program.build(config, model, shardings, device_mesh, loader.total_steps, config.train.remat)
