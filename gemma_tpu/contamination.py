@@ -90,9 +90,9 @@ def _grams(text: str) -> Iterator[str]:
 
 def training_rows(section: Any) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each row that a config's `data` section trains on."""
-    from gemma_tpu.rows import Reader, paths_of
+    from gemma_tpu.formats import Text
+    from gemma_tpu.rows import Reader
 
-    reader = Reader(paths_of(section.path), section.format, section.transform, section.limit)
-    for row in reader:
-        yield reader.place(row.file, row.line), "\n".join(message["content"] for message in row.messages)
-    reader.raise_refused()
+    for row in Reader(section):
+        text = row.parsed.text if isinstance(row.parsed, Text) else "\n".join(m["content"] for m in row.messages)
+        yield row.place.text, text

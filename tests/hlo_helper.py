@@ -11,7 +11,7 @@ def place(topology: str = "1x1", devices: int = 1, int8_tflops: float | None = 2
     chip = Chip(
         name="t", kind="tpu", bf16_tflops=100.0, int8_tflops=int8_tflops, hbm_gib=16.0, hbm_gbs=1000.0, links=4,
         link_gbs=10.0, devices=devices, name_counts=1, aliases=(), slices=(topology,), usd=None, spot_usd=None,
-        sources={},
+        sources={}, device_kind="t",
     )  # fmt: skip
     return chip.slice(topology)
 
