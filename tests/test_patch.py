@@ -16,7 +16,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gemma_tpu import patch, staging
+from gemma_tpu import destination, patch, staging
+from gemma_tpu import updates as arithmetic
 from gemma_tpu.difference import compare, ulp_distance
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.patch import LowRank, Replace, write_patched
@@ -103,7 +104,7 @@ def test_cancelling_weight_and_delta_stay_within_one_ulp(tmp_path):
 def test_the_result_does_not_depend_on_blocks_or_workers(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base")
     write_patched(base, tmp_path / "whole", updates(), workers=1)
-    monkeypatch.setattr(patch, "_BLOCK_ELEMENTS", 1000)  # 1 to 3 rows a block, the last one short
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", 1000)  # 1 to 3 rows a block, the last one short
     report = write_patched(base, tmp_path / "cut", updates() | {"experts": Replace(base.read("experts"))},
                            workers=3)
     assert tree(tmp_path / "whole") == tree(tmp_path / "cut")
@@ -284,7 +285,7 @@ def test_a_target_in_or_around_the_base_is_refused(tmp_path):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base")
-    monkeypatch.setattr(patch.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
+    monkeypatch.setattr(destination.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
     said = refused(base, tmp_path / "out", updates(), RunError)
     assert "has 0.00 GiB free and the result needs 0.00 GiB" in said
     assert entries(tmp_path) == {"base"}
@@ -410,9 +411,9 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from gemma_tpu import patch
+from gemma_tpu import patch, updates
 from gemma_tpu.shards import open_checkpoint
-patch._BLOCK_ELEMENTS = 2000
+updates.BLOCK_ELEMENTS = 2000
 def slowly(done, total):
     print(done, flush=True)
     time.sleep(0.002)
