@@ -19,10 +19,10 @@ _LICENCES = {"gemma": "https://ai.google.dev/gemma/terms", "apache-2.0": "https:
 
 
 def files(base: Checkpoint, about: dict[str, Any], tensors_changed: int) -> dict[str, bytes]:
-    """The card, and for a base under the Gemma Terms of Use the notice file that they ask for. `about`: see `of_run`."""
+    """The card, and for a base under the Gemma Terms of Use the notice file that they ask for."""
     licence = licence_of(base)
     found = {CARD: _card(base, licence, about, tensors_changed).encode()}
-    if licence == "gemma":
+    if licence == "gemma" and not (base.folder / NOTICE).exists():
         found[NOTICE] = f"{TERMS}\n".encode()
     return found
 
@@ -99,12 +99,21 @@ def _table(title: str, rows: dict[str, Any] | None) -> str:
 def _recipe(config: dict[str, Any] | None) -> str:
     if not config:
         return ""
-    kept = {key: value for key, value in config.items() if key not in ("run_dir", "log", "checkpoint", "mesh")}
+    kept = {key: value for key, value in config.items() if key not in ("run_dir", "log", "checkpoint", "mesh", "model")}
+    kept["data"] = {key: _base_names(value) if key in ("path", "validation") else value
+                    for key, value in kept.get("data", {}).items()}  # fmt: skip
     return f"## Recipe\n\n```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"
 
 
+def _base_names(path: Any) -> Any:
+    """Where a file lay on somebody's disk is nobody's business; bundled and remote ones keep their names."""
+    if isinstance(path, str):
+        return path if ":" in path else Path(path).name
+    return [_base_names(one) for one in path] if isinstance(path, list | tuple) else path
+
+
 def _licence(name: str, licence: str | None, tensors_changed: int) -> str:
-    changed = f"This is a modified version of {name}: {tensors_changed} tensors of its *.safetensors files were changed."
+    changed = f"This is a modified version of {name}: {tensors_changed} tensors of its *.safetensors were changed."
     if licence == "gemma":
         text = f"{changed}\n\n{TERMS}. The Gemma Prohibited Use Policy applies to this model as to its base."
     elif licence is not None:

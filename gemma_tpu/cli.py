@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, devices, plan_cli, runs
+from gemma_tpu import __version__, assets, config, devices, handoff_cli, plan_cli, runs
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -28,6 +28,7 @@ examples:
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
+  gemma-tpu adapter runs/tiny_cpu --out adapters/mine   the adapter alone, as a PEFT folder
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
   gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model
 
@@ -140,23 +141,6 @@ def stage(args: argparse.Namespace) -> tuple[Result, int]:
     return stage(args.source, args.target, overwrite=args.overwrite, say=_say), 0
 
 
-def merge(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.run_dir)
-    from gemma_tpu.merging import merge
-
-    # Without --out the run's own merged/ is written, which is this command's to replace.
-    overwrite = True if args.overwrite else None
-    return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite), 0
-
-
-def verify(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.run_dir)
-    from gemma_tpu.verify import verify
-
-    result = verify(run, merged=args.merged, step=args.step)
-    return result, 0 if result["ok"] else 1
-
-
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
     target = _target(args.target)
     prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
@@ -186,20 +170,13 @@ def eval_tiny(args: argparse.Namespace) -> tuple[Result, int]:
 
 
 def eval_loss(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.target)
+    run = handoff_cli.run_folder(args.target)
     from gemma_tpu import evaluate
 
     return evaluate.loss(run), 0
 
 
 # --- what the user points at ---
-
-
-def _run_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; RUN_DIR is the run_dir of a config that was trained")
-    runs.read_config(path)
-    return path
 
 
 def _target(text: str) -> Path:
@@ -263,7 +240,7 @@ def build_parser() -> Parser:
     _add_configured(commands)
     _add_tiny(commands)
     _add_stage(commands)
-    _add_merge_and_verify(commands)
+    handoff_cli.add_commands(commands, _command)
     _add_sample(commands)
     _add_eval(commands)
     return parser
@@ -296,21 +273,6 @@ def _add_stage(commands: Any) -> None:
     one.add_argument("source", metavar="HUB_ID", help="org/name[@revision], a folder or a URL; HF_TOKEN for gated ones")
     one.add_argument("target", metavar="BUCKET", help="gs://, s3:// or a folder")
     one.add_argument("--overwrite", action="store_true", help="let files of the target be replaced")
-
-
-def _add_merge_and_verify(commands: Any) -> None:
-    example = "gemma-tpu merge runs/tiny_cpu --out models/mine"
-    one = _command(commands, "merge", merge, "merge a run's adapter into its base's safetensors", example)
-    _add_run_dir(one)
-    one.add_argument("--out", type=Path, help="folder to write; by default the run's own merged/")
-    one.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
-    one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
-
-    example = "gemma-tpu verify runs/tiny_cpu"
-    about = "prove a merge: tensors, logits, and transformers where torch is installed"
-    one = _command(commands, "verify", verify, about, example)
-    _add_run_dir(one)
-    one.add_argument("--merged", type=Path, help="the merged folder; by default the run's own merged/")
 
 
 def _add_sample(commands: Any) -> None:
@@ -353,11 +315,6 @@ def _command(commands: Any, name: str, run: Callable, about: str, example: str) 
     one.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     one.set_defaults(command=run, parser=one)
     return one
-
-
-def _add_run_dir(one: Parser) -> None:
-    one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained")
-    one.add_argument("--step", type=_positive, help="a checkpoint's step; by default the latest")
 
 
 def _add_target(one: Parser) -> None:

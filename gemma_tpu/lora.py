@@ -213,6 +213,11 @@ def initial(model: Decoder, seed: int) -> dict[str, np.ndarray]:
     return values
 
 
+def scales(model: Decoder) -> dict[str, float]:
+    """What each adapter's B A is multiplied by, by the path of its projection."""
+    return {site.path: site.projection.lora_scale for site in sites(model) if site.projection.lora_a is not None}
+
+
 def absent(model: Decoder) -> list[str]:
     """Projections that layers lack by architecture: said, and no error."""
     lines = []

@@ -86,6 +86,7 @@ class LoraConfig:
     rank: Positive = 32
     alpha: Above0 = 64.0
     dropout: Below1 = 0.0
+    init_from: Text | None = None  # a PEFT folder, ours or a foreign one, to go on from
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,11 @@ class Trainer:
         return latest
 
     def record(self, data_state: dict[str, Any]) -> dict[str, Any]:
-        lora, method = self.config.lora, self.config.train.method
+        lora, method, rows = self.config.lora, self.config.train.method, self.loader.prepared
         return {
             "config": to_dict(self.config), "data": data_state, "base": self.base, "version": self.version,
             "method": method, "shapes": shapes_of(self.state["trained"]),
+            "rows": {"read": rows.rows, "kept": len(rows), "dropped": dict(rows.dropped.counts)},
             "adapter": {"rank": lora.rank, "alpha": lora.alpha} if method == "lora" else None,
         }  # fmt: skip
 

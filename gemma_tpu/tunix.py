@@ -29,8 +29,8 @@ _NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(?:w|kernel)_lora_([ab])")
 
 
 def read(place: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(the adapter's tensors by Tunix's names, the names of what else is there) of a folder of steps, of one step, or of
-    its model_params."""
+    """(the adapter's tensors by Tunix's names, the names of what else is there) of a folder of steps, of one step,
+    or of its model_params."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -41,10 +41,8 @@ def read(place: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
         wanted = {path for path, _ in leaves if "_lora_" in _name(path)}
         others = sorted(_name(path) for path, _ in leaves if path not in wanted)
         tree = handler.metadata(folder).tree
-        how = jax.tree_util.tree_map_with_path(
-            lambda path, _: ocp.RestoreArgs(restore_type=np.ndarray) if path in wanted else ocp.PLACEHOLDER, tree)  # fmt: skip
         item = jax.tree_util.tree_map_with_path(lambda path, x: x if path in wanted else ocp.PLACEHOLDER, tree)
-        args = jax.tree.map(lambda x: x if isinstance(x, ocp.RestoreArgs) else ocp.RestoreArgs(), how)
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         found = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     except Exception as error:  # Orbax and TensorStore raise what they please
         raise RunError(f"{folder}: this checkpoint cannot be read: {str(error).splitlines()[0][:300]}") from error

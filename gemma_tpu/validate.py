@@ -12,13 +12,14 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from gemma_tpu import assets, loading, lora, mesh, weights
+from gemma_tpu import assets, loading, lora, mesh, peft_folder, weights
 from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import Base
 from gemma_tpu.rows import Reader, paths_of
 from gemma_tpu.schema import Config, DataConfig
+from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.tokenizer import Tokenizer
 
 FIRST_ROWS = 100
@@ -107,6 +108,10 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
     chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
                          alpha=section.alpha, dropout=section.dropout)  # fmt: skip
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
+    if section.init_from is not None:
+        adapter = peft_folder.read(section.init_from, open_checkpoint(config.model.path), model.arch)
+        _, notes = peft_folder.onto(adapter, model.arch, lora.initial(model, 0), lora.scales(model))
+        found.checked.append(f"lora.init_from: {'; '.join(notes)}")
 
 
 def _check_split(found: Findings, config: Config, model: Decoder) -> None:

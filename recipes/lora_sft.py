@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import gemma_tpu
-from gemma_tpu import loading, lora, mesh, program, runs
+from gemma_tpu import loading, lora, mesh, peft_folder, program, runs
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.metrics import say
 from gemma_tpu.schema import Config
@@ -56,7 +56,13 @@ def main(config: Config) -> dict[str, Any]:
         say(line)
     loading.load_base(model, checkpoint, shardings)
     if chosen:
-        loading.assign(model, loading.put(lora.initial(model, config.train.seed), shardings))
+        start = lora.initial(model, config.train.seed)
+        if config.lora.init_from is not None:
+            adapter = peft_folder.read(config.lora.init_from, checkpoint, model.arch)
+            start, notes = peft_folder.onto(adapter, model.arch, start, lora.scales(model))
+            for line in notes:
+                say(line)
+        loading.assign(model, loading.put(start, shardings))
 
     trainer = Trainer(
         config, run, device_mesh, model, shardings, loader, held_out,

@@ -15,22 +15,22 @@ PACKAGE = ROOT / "gemma_tpu"
 
 # A module imports only from those to its left.
 ORDER = """
-    errors assets schema config chips devices variants hf_config torus mesh retry remote hub sources transfer
-    header shards weights streaming sizes tokenizer rows packing corpus data hlo trips flops traffic links work
-    timeline walk buffers splash attention projection experts model lora loading loss job budget roofline advice
-    flags optim step program compiling runs checkpoint metrics train adapters sampler completions blas staging stage
-    updates layout destination patch difference merging verify sandbox verilog evaluate validate subject calibration
-    workload plan plan_text sweep page plan_page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny cli
+    errors assets schema config chips devices variants hf_config torus mesh retry remote hub sources transfer header
+    shards weights streaming sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk
+    buffers splash attention projection experts model lora loading loss job budget roofline advice flags optim step
+    program compiling runs checkpoint metrics train adapters sampler completions blas staging stage updates layout
+    destination patch difference tunix card peft_folder merging verify sandbox verilog evaluate validate subject
+    calibration workload plan plan_text sweep page plan_page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
+    tiny_weights tiny handoff_cli cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = """
-    errors assets schema config chips devices variants hf_config torus retry remote hub sources transfer header
-    shards weights sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk buffers
-    job budget roofline advice flags compiling runs metrics blas staging stage updates layout
-    destination patch difference sandbox verilog subject calibration workload page plan_cli tiny_tokenizer tiny_towers
-    tiny_archs tiny_config tiny_weights tiny
-    cli
+    errors assets schema config chips devices variants hf_config torus retry remote hub sources transfer header shards
+    weights sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk buffers job
+    budget roofline advice flags compiling runs metrics blas staging stage updates layout destination patch difference
+    tunix card peft_folder sandbox verilog subject calibration workload page plan_cli tiny_tokenizer tiny_towers
+    tiny_archs tiny_config tiny_weights tiny handoff_cli cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}

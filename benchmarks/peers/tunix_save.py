@@ -32,7 +32,8 @@ TEXT = {
 }  # fmt: skip
 PROJECTIONS = ".*(q_einsum|k_einsum|kv_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj)"
 NORMS = {
-    "pre_attention_norm.scale": "input_layernorm.weight", "post_attention_norm.scale": "post_attention_layernorm.weight",
+    "pre_attention_norm.scale": "input_layernorm.weight",
+    "post_attention_norm.scale": "post_attention_layernorm.weight",
     "pre_ffw_norm.scale": "pre_feedforward_layernorm.weight",
     "post_ffw_norm.scale": "post_feedforward_layernorm.weight",
     "attn._query_norm.scale": "self_attn.q_norm.weight", "attn._key_norm.scale": "self_attn.k_norm.weight",
