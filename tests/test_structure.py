@@ -19,9 +19,9 @@ ORDER = """
     shards weights streaming sizes tokenizer rows packing corpus data hlo trips flops traffic links work timeline walk
     buffers splash attention projection experts model lora loading loss job budget roofline advice flags optim step
     program compiling runs checkpoint metrics train adapters sampler completions blas staging stage updates layout
-    destination patch difference tunix card peft_folder merging verify sandbox verilog evaluate validate subject
-    calibration workload plan plan_text sweep page plan_page plan_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
-    tiny_weights tiny handoff_cli cli
+    destination patch difference tunix card peft_folder merging layerwise clients verify sandbox verilog evaluate
+    validate subject calibration workload plan plan_text sweep page plan_page plan_cli tiny_tokenizer tiny_towers
+    tiny_archs tiny_config tiny_weights tiny handoff_cli cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -35,7 +35,7 @@ WITHOUT_JAX = """
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "orbax": "orbax-checkpoint"}  # where the import has another name
-OPTIONAL = {"torch"}  # verify compares against transformers' torch model where torch is installed
+OPTIONAL = {"torch", "peft"}  # verify compares against transformers and PEFT where they are installed
 
 
 @cache
