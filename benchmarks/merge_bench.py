@@ -52,8 +52,9 @@ def make_base(folder: Path, layers: int) -> None:
         number = int(np.argmin(sizes))
         sizes[number] += int(np.prod(entry.hf_shape))
         parts[number].append(entry)
+    parts = [part for part in parts if part]
     for number, part in enumerate(parts):
-        file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
+        file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
         tensors = {entry.hf: draw(rng, entry.hf_shape) for entry in part}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

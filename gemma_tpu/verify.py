@@ -110,7 +110,7 @@ def _compare_logits(
     report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint, edits: dict[str, updates.Edit],
     probe: Probe,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Merged against base + adapter, in float32 arithmetic, all three sides a layer at a time; gives the logits of both.
+    """Merged against base + adapter, in float32 arithmetic, all three sides a layer at a time; gives the logits of two.
 
     The only thing that may set them apart is the rounding of merged weights to the dtype of the file. How much that is
     the third side tells: the same weights rounded otherwise, up or down by chance.
