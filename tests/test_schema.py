@@ -140,6 +140,7 @@ def test_every_key_has_its_range_tested():
         "data.validation",
         "lora.targets",
         "lora.exclude",
+        "lora.init_from",
         "run_dir",
         "recipe",
     }
