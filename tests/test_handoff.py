@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -64,6 +65,39 @@ def test_a_tunix_adapter_for_more_layers_than_the_base_has_is_refused(tmp_path):
     save_file(lost, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="layers.3.attn.k_einsum: the base has no model.layers.3.self_attn.k_proj"):
         gemma_tpu.merge(**GIVEN | {"base": tmp_path / "base"}, out=tmp_path / "out")
+
+
+# --- to the hub --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls.append(("create", repo, options))
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options["repo_id"], set(os.listdir(options["folder_path"]))))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return calls
+
+
+def test_a_push_uploads_the_finished_folder_to_a_private_repository(pushed, tmp_path):
+    found = gemma_tpu.merge(**GIVEN, out=tmp_path / "out", push="me/mine")
+    assert found["pushed"] == "me/mine"
+    assert pushed == [("create", "me/mine", {"private": True, "exist_ok": True}),
+                      ("upload", "me/mine", {"README.md", "config.json", "model.safetensors"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("push, out", [("mine", "out"), ("https://x/y", "out"), ("me/mine", "gs://bucket/out")])
+def test_a_push_that_cannot_be_is_refused_before_the_merge(push, out, pushed, tmp_path):
+    with pytest.raises(UserError, match="--push"):
+        gemma_tpu.merge(**GIVEN, out=out if "://" in out else tmp_path / out, push=push)
+    assert not pushed and not (tmp_path / "out").exists()
 
 
 # --- PEFT, out ---------------------------------------------------------------------------------------------
