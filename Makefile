@@ -50,7 +50,7 @@ test-clients: .venv/.dev .client-envs/transformers-5.5 ## other programs on merg
 	$(BIN)/pytest -m slow tests/test_clients.py $(ARGS)
 
 .client-envs/transformers-5.5: # beside the packages of .venv, and before them
-	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==5.5.*'
+	$(BIN)/pip install --quiet --target $@ 'transformers==5.5.*'
 
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .
