@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gemma_tpu import loading, lora, runs
+from gemma_tpu import loading, lora, lowrank, runs
 from gemma_tpu.checkpoint import open_existing
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
+from gemma_tpu.variants import Architecture
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,6 @@ class Trained:
     values: dict[str, jax.Array]
 
     @property
-    def scale(self) -> float:
-        return self.record["adapter"]["alpha"] / self.record["adapter"]["rank"]
-
-    @property
     def base_folder(self) -> Path:
         return Path(self.record["base"]["folder"])
 
@@ -36,8 +33,17 @@ class Trained:
     def is_lora(self) -> bool:
         return self.record["method"] == "lora"
 
+    @property
+    def quantised(self) -> str | None:
+        """How its base was held in training."""
+        return self.record["config"]["model"].get("quantise")
+
     def numpy(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(value) for path, value in self.values.items()}
+
+    def by_tensor(self, arch: Architecture) -> dict[str, lowrank.Adapter]:
+        """The adapter by the names of the base's tensors."""
+        return lowrank.by_tensor(arch, self.numpy(), self.record["adapter"])
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         if checkpoint.fingerprint() != self.record["base"]["fingerprint"]:
@@ -63,36 +69,46 @@ def read(run: str | Path, step: int | None = None) -> Trained:
 
 def load(
     folder: str | Path, adapter: str | Path | Trained | None = None, mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, quantise: bool = True,
 ) -> Decoder:  # fmt: skip
     """The model of a checkpoint folder, in its own dtype unless another is asked for, on one device or a mesh.
 
-    `adapter` is a run folder: its latest checkpoint is applied, after a check that it was trained on this base.
+    `adapter` is a run folder: its latest checkpoint is applied, after a check that it was trained on this base. A
+    base that was quantised in training is so here, unless `quantise` is False.
     """
     checkpoint = open_checkpoint(Path(folder))
-    model, _ = loading.build(folder, dtype=dtype or own_dtype(checkpoint))
     device_mesh = loading.one_device_mesh() if mesh is None else mesh
     trained = None if adapter is None else adapter if isinstance(adapter, Trained) else read(adapter)
+    model, _ = loading.build(folder, dtype=dtype or own_dtype(checkpoint))
+    if trained is not None and quantise:
+        loading.hold_quantised(model, trained.quantised)
     if trained is not None:
         trained.check_base(checkpoint)
         if trained.is_lora:
-            lora.inject_like(model, trained.record["shapes"], trained.scale)
+            lora.inject_like(model, trained.record["shapes"], trained.record["adapter"])
     shardings, _ = loading.place(model, device_mesh, replicate_kv=True)
     loading.load_base(model, checkpoint, shardings)
     if trained is not None:
         wanted = {path: value.dtype for path, value in loading.variables(model).items()}
         values = {path: value.astype(wanted[path]) for path, value in trained.numpy().items()}
-        loading.assign(model, loading.put(values, shardings))
+        loading.assign(model, loading.put(values | lora.constants(model), shardings))
     return model
 
 
-def load_target(target: str | Path, dtype: str | None = None) -> tuple[Decoder, Path]:
+def base_of(target: str | Path) -> Path:
+    """The folder whose config.json says what the target is: its own, or that of the base a run was trained on."""
+    return read(target).base_folder if runs.is_run(Path(target)) else Path(target)
+
+
+def load_target(
+    target: str | Path, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, Path]:
     """What the user points at, a run folder (adapter applied) or a model folder; and the folder of its tokenizer."""
     target = Path(target)
     if runs.is_run(target):
         trained = read(target)
-        return load(trained.base_folder, trained, dtype=dtype), trained.base_folder
-    return load(target, dtype=dtype), target
+        return load(trained.base_folder, trained, mesh, dtype), trained.base_folder
+    return load(target, mesh=mesh, dtype=dtype), target
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:

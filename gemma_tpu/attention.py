@@ -49,6 +49,25 @@ def attention(
     return checkpoint_name(_softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale), splash.NAME)
 
 
+def against_cache(
+    q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array,
+    bias_B1S: jax.Array, scale: float,
+) -> jax.Array:  # fmt: skip
+    """One query in each row, against its own key and those that a cache holds of the tokens before it.
+
+    Its own is not yet in the cache: what is written after it was read can be written in place.
+    """
+    q_BKgH = _heads_lead(q_B1NH * scale, k_BKHS.shape[1])
+    k_BK1H, v_BK1H = k_B1KH.swapaxes(1, 2), v_B1KH.swapaxes(1, 2)
+    old_BKgS = jnp.einsum("BKgH,BKHS->BKgS", q_BKgH, k_BKHS, preferred_element_type=jnp.float32) + bias_B1S[:, None]
+    own_BKg1 = jnp.sum(q_BKgH.astype(jnp.float32) * k_BK1H, axis=-1, keepdims=True)
+    top_BKg1 = jnp.maximum(jnp.max(old_BKgS, axis=-1, keepdims=True), own_BKg1)
+    old_BKgS, own_BKg1 = jnp.exp(old_BKgS - top_BKg1), jnp.exp(own_BKg1 - top_BKg1)
+    out_BKgH = jnp.einsum("BKgS,BKSH->BKgH", old_BKgS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    out_BKgH = (out_BKgH + own_BKg1 * v_BK1H) / (jnp.sum(old_BKgS, axis=-1, keepdims=True) + own_BKg1)
+    return _heads_back(out_BKgH.astype(q_B1NH.dtype), q_B1NH.shape)
+
+
 def _bias(q_index_BT, k_index_BS, q_segments_BT, k_segments_BS, window):
     """0 where a query sees a key, else MASKED."""
     distance = q_index_BT[..., :, None] - k_index_BS[..., None, :]

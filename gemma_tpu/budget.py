@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gemma_tpu.chips import Slice
 from gemma_tpu.errors import UserError
-from gemma_tpu.job import LANES, Job, Variable, placed
+from gemma_tpu.job import LANES, Job, Variable, moments, placed
 from gemma_tpu.variants import Architecture, Layer
 
 GIB = 2**30
@@ -23,11 +23,11 @@ GIB = 2**30
 class Fit:
     """How much lives at once, fitted to the peaks of libtpu 0.0.51's compiler (in tests/test_budget.py)."""
 
-    gradients: float = 0.91  # of what trains
-    layers_gathered: float = 4.27  # of a layer's whole weights, while fsdp's ring brings the next
-    recomputed: float = 1.6  # of a layer's activations that are not kept
-    logits: float = 0.98  # of a chunk's float32 logits
-    attention_relaid: float = 0.73  # of the attention weights: copies in the layout that their matmul prefers
+    gradients: float = 0.73  # of what trains
+    layers_gathered: float = 2.12  # of a layer's whole weights, while fsdp's ring brings the next
+    recomputed: float = 1.9  # of a layer's activations that are not kept
+    logits: float = 1.11  # of a chunk's float32 logits
+    attention_relaid: float = 0.71  # of the attention weights: copies in the layout that their matmul prefers
     experts_relaid: float = 0.04  # of the routed experts' weights, likewise
 
 
@@ -169,7 +169,7 @@ def memory(arch: Architecture, job: Job, place: Slice | None = None, fit: Fit = 
     return Memory(
         weights=trained if full else frozen,
         lora=0.0 if full else trained,
-        moments=2 * trained,
+        moments=moments(arch, job) / GIB,
         gradients=fit.gradients * trained,
         saved=saved(arch, job),
         gathered=fit.layers_gathered * whole / GIB if job.size("fsdp") > 1 else 0.0,

@@ -16,7 +16,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, devices, handoff_cli, plan_cli, runs
+from gemma_tpu import (
+    __version__,
+    assets,
+    config,
+    data_cli,
+    devices,
+    eval_cli,
+    handoff_cli,
+    plan_cli,
+    sample_cli,
+    train_cli,
+)
+from gemma_tpu.arguments import positive as _positive
+from gemma_tpu.arguments import seed as _seed
+from gemma_tpu.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
@@ -24,13 +38,15 @@ EXAMPLES = """\
 examples:
   gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
+  gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them
   gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml      does it fit, how fast, how much: before anything is rented
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
   gemma-tpu adapter runs/tiny_cpu --out adapters/mine   the adapter alone, as a PEFT folder
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
-  gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model
+  gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json    is the difference significant?
+  gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
 
 TARGET is a run folder (its adapter is applied) or a model folder.
 Exit codes: 0 fine, 1 the run failed, 2 the input is wrong."""
@@ -95,11 +111,7 @@ def _plain(value: Any) -> Any:
 
 def train(args: argparse.Namespace) -> tuple[Result, int]:
     run_config = config.load(args.config, args.overrides)
-    recipe = _recipe(assets.find("recipes", run_config.recipe))
-    if run_config.mesh.cpu_devices:
-        devices.cpu(run_config.mesh.cpu_devices)
-    devices.require()
-    return recipe(run_config), 0
+    return train_cli.run(run_config, _recipe(assets.find("recipes", run_config.recipe)), args.rehearse)
 
 
 def _recipe(path: Path) -> Callable[[config.Config], Result]:
@@ -142,52 +154,12 @@ def stage(args: argparse.Namespace) -> tuple[Result, int]:
 
 
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
-    target = _target(args.target)
+    target = args.target if "://" in args.target else _target(args.target)
     prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
-    if not prompts:
-        raise UserError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
-    from gemma_tpu.completions import complete
-
-    found = complete(target, prompts, _settings(args), system=args.system, raw=args.raw, n=args.n)
-    for number, one in enumerate(found, start=1):
-        if len(found) > 1:
-            print(f"--- {number} of {len(found)}: {' '.join(one['prompt'].split())[:80]}")
-        print(one["text"], flush=True)
-    cut = sum(one["finish_reason"] == "length" for one in found)
-    if cut:
-        _say(f"note: {cut} of {len(found)} completions were cut at --max-new-tokens {args.max_new_tokens}")
-    return {"target": str(target), **found[0], "samples": found}, 0
-
-
-def eval_tiny(args: argparse.Namespace) -> tuple[Result, int]:
-    target = _target(args.target)
-    if args.samples > 1 and args.temperature == 0:
-        raise UserError(f"{args.samples} samples at temperature 0 would all be the same; set --temperature")
-    from gemma_tpu import evaluate
-
-    return evaluate.tiny(target, base=args.base, unsafe=args.unsafe_no_sandbox, settings=_settings(args),
-                         samples=args.samples), 0  # fmt: skip
-
-
-def eval_loss(args: argparse.Namespace) -> tuple[Result, int]:
-    run = handoff_cli.run_folder(args.target)
-    from gemma_tpu import evaluate
-
-    return evaluate.loss(run), 0
+    return sample_cli.run(args, target, prompts, _settings(args))
 
 
 # --- what the user points at ---
-
-
-def _target(text: str) -> Path:
-    if "://" in text:
-        raise UserError(f"{text}: this version takes folders only: a run folder or a model folder")
-    path = Path(text)
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; TARGET is a run folder or a model folder")
-    if not runs.is_run(path) and not (path / "config.json").is_file():
-        raise UserError(f"{path}: neither a run folder (config.yaml) nor a model folder (config.json)")
-    return path
 
 
 def _read_prompt(path: Path) -> str:
@@ -203,7 +175,8 @@ def _settings(args: argparse.Namespace) -> Any:
     from gemma_tpu.sampler import Settings
 
     return Settings(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, seed=args.seed)  # fmt: skip
+                    top_p=args.top_p, seed=args.seed, min_p=args.min_p,
+                    repetition_penalty=args.repetition_penalty)  # fmt: skip
 
 
 def _say(text: str) -> None:
@@ -254,6 +227,9 @@ def _add_configured(commands: Any) -> None:
         one = _command(commands, name, run, about, f"gemma-tpu {name} configs/tiny_cpu.yaml train.steps=20")
         one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
         one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. optim.lr=1e-4")
+        if name == "train":
+            train_cli.add_arguments(one)
+    data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
 
 
@@ -277,8 +253,10 @@ def _add_stage(commands: Any) -> None:
 
 def _add_sample(commands: Any) -> None:
     example = 'gemma-tpu sample runs/tiny_cpu --prompt "Write a Verilog module for a 4-bit counter."'
-    one = _command(commands, "sample", sample, "complete prompts with a run or a model", example)
-    _add_target(one)
+    about = "complete prompts with a run, a model or a server; a chat where no prompt is given"
+    one = _command(commands, "sample", sample, about, example)
+    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied), a model folder, or the URL "
+                     "of an OpenAI-compatible server")  # fmt: skip
     repeated = {"action": "append", "default": []}
     one.add_argument("--prompt", metavar="TEXT", **repeated, help="may be repeated")
     one.add_argument("--prompt-file", metavar="FILE", type=Path, **repeated,
@@ -287,6 +265,7 @@ def _add_sample(commands: Any) -> None:
     one.add_argument("--raw", action="store_true", help="continue the text as it stands, without template")
     one.add_argument("--n", type=_positive, default=1, help="completions of each prompt (1)")
     _add_drawing(one, max_new_tokens=256)
+    sample_cli.add_arguments(one)
 
 
 def _add_eval(commands: Any) -> None:
@@ -294,19 +273,9 @@ def _add_eval(commands: Any) -> None:
     group = commands.add_parser("eval", help="measure a run or a model", description=about, epilog=example)
     evals = group.add_subparsers(metavar="EVAL", required=True)
 
-    example = "gemma-tpu eval tiny runs/tiny_cpu --samples 5 --temperature 0.8"
-    about = "pass@1 on the bundled Verilog problems, by simulation in a sandbox"
-    one = _command(evals, "tiny", eval_tiny, about, example)
-    _add_target(one)
-    one.add_argument("--no-base", dest="base", action="store_false", help="leave out the base of a run")
-    one.add_argument("--samples", type=_positive, default=1, help="completions of each problem (1)")
-    one.add_argument("--unsafe-no-sandbox", action="store_true",
-                     help="simulate without isolation where no sandbox works")  # fmt: skip
-    _add_drawing(one, max_new_tokens=192)
-
-    about = "loss on the held-out rows of a run's config, base and tuned"
-    one = _command(evals, "loss", eval_loss, about, "gemma-tpu eval loss runs/tiny_cpu")
-    one.add_argument("target", metavar="TARGET", type=Path, help="a run folder")
+    for name, run, about, example, add in eval_cli.EVALS:
+        add(_command(evals, name, run, about, example))
+    eval_cli.add_compare(_command(commands, "compare", eval_cli.compare, *eval_cli.COMPARE))
 
 
 def _command(commands: Any, name: str, run: Callable, about: str, example: str) -> Parser:
@@ -317,32 +286,13 @@ def _command(commands: Any, name: str, run: Callable, about: str, example: str) 
     return one
 
 
-def _add_target(one: Parser) -> None:
-    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied) or a model folder")
-
-
 def _add_drawing(one: Parser, max_new_tokens: int) -> None:
     one.add_argument("--max-new-tokens", metavar="N", type=_positive, default=max_new_tokens,
                      help="(%(default)s)")  # fmt: skip
     one.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (%(default)s)")
     one.add_argument("--top-k", metavar="K", type=int, default=0, help="0: all tokens (%(default)s)")
     one.add_argument("--top-p", metavar="P", type=float, default=1.0, help="(%(default)s)")
+    one.add_argument("--min-p", metavar="P", type=float, default=0.0,
+                     help="leave out tokens below P times the likeliest (%(default)s)")  # fmt: skip
+    one.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="(%(default)s)")
     one.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 4294967295")
-    return number
-
-
-# argparse names the type in "invalid … value".
-_positive.__name__ = _seed.__name__ = "integer"

@@ -28,7 +28,8 @@ def peft_logits(trained: Trained, base: Checkpoint, tokens_BT: np.ndarray, segme
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "adapter"
-        export_adapter(trained.run, out=out, base=base.where, step=trained.step)
+        native = any(name.endswith(".lora_magnitude") for name in trained.values)  # there is no other form of DoRA
+        export_adapter(trained.run, out=out, base=base.where, step=trained.step, native=native)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of keys that it does not find PEFT only warns
             warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -127,6 +127,7 @@ def main(request: dict[str, Any]) -> None:
     config = configs.from_dict(request["config"])
     mesh = meshes.build(request["mesh"], devices(request["topology"]))
     model = Decoder(hf_config.from_config(request["architecture"]), loading.DTYPES[config.model.dtype])
+    loading.hold_quantised(model, config.model.quantise)
     program.adapt(model, config)
     shardings, _ = loading.place(model, mesh, config.mesh.replicate_kv)
     program.abstract(model, shardings)

@@ -6,53 +6,70 @@ corpus that could not train anything is refused by the rule that emptied it.
 Shapes: N kept rows.
 """
 
+import hashlib
+import sys
+import time
 import zlib
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gemma_tpu import tokens, transforms
+from gemma_tpu.datafiles import DataFile
+from gemma_tpu.encoding import Encoded, Encoder, Settings, Tokenizer, encode
 from gemma_tpu.errors import UserError
 from gemma_tpu.packing import padding_waste
-from gemma_tpu.rows import Message, Reader, Row, Tally, paths_of
+from gemma_tpu.rows import Account, Tally, chunks, files_of
+from gemma_tpu.selection import Chosen, choose
+from gemma_tpu.tokens import Tokens
+from gemma_tpu.workers import Pool, cores
 
 LANE = 128  # a recommended length is a multiple of the TPU's lane width
 WORTH_KEEPING = 0.995  # the share of rows that the recommended length holds
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)  # that a report gives the share of rows for
+ALONE = 3.0  # seconds of work in this process before others are started: about what starting them costs
+SAID_EVERY = 10.0  # seconds
 
-
-class Tokenizer(Protocol):
-    pad_id: int
-
-    def training(self, messages: list[Message], train_on: str) -> tuple[list[int], list[bool]]: ...
+Path_ = str | Sequence[str]
 
 
 class Section(Protocol):
     """The data section of the config, as far as it concerns this module."""
 
-    path: str | Sequence[str]
+    path: Path_
+    weights: Sequence[float] | None
     format: str
+    columns: Mapping[str, str]
+    transform: str | Sequence[str] | None
+    strict: bool
+    validation: Path_ | float | None
     max_seq_len: int
     train_on: str
     overlong: str
     limit: int | None
-    transform: str | None
+    cache: str | None
+    workers: int | None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows in flat arrays: a million rows are five arrays, not a million objects."""
+    """Tokenised rows in flat arrays: a million rows are a few arrays, not a million objects. They may be a map of files
+    on disk, of which only what is asked for comes into memory."""
 
-    ids: np.ndarray  # int32, all kept rows end to end
+    ids: np.ndarray  # int32, rows end to end, among them those that were left out
     mask: np.ndarray  # bool, True where the token is a trained target
-    offsets: np.ndarray  # int64 [N + 1]
+    starts: np.ndarray  # int64 [N], where each kept row begins
+    lengths: np.ndarray  # int64 [N]
+    targets: np.ndarray  # int64 [N]
     file_N: np.ndarray
     line_N: np.ndarray
+    hash_N: np.ndarray  # uint64, of the row's ids and mask
     measured: np.ndarray  # length of every row that was tokenised, before any was dropped or cut
-    files: list[Path]
+    files: list[DataFile]
     format: str
     rows: int
     dropped: Tally
@@ -61,23 +78,23 @@ class Prepared:
     notes: list[str]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        span = slice(self.offsets[row], self.offsets[row + 1])
+        span = slice(self.starts[row], self.starts[row] + self.lengths[row])
         return self.ids[span], self.mask[span]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What lies on the sheet of a row, one segment each."""
+        return [self[row]]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return len(self.ids)
+        return int(self.lengths.sum())
 
     @cached_property
     def target_tokens(self) -> int:
-        return int(self.mask.sum())
+        return int(self.targets.sum())
 
     @cached_property
     def percentiles(self) -> dict[str, int]:
@@ -89,6 +106,11 @@ class Prepared:
     def padding_waste(self) -> dict[str, float]:
         return padding_waste(self.lengths, self.max_seq_len)
 
+    @cached_property
+    def share_kept(self) -> dict[str, float]:
+        """Of the rows as read, by max_seq_len."""
+        return {str(length): float((self.measured <= length).mean()) for length in LENGTHS}
+
     @property
     def recommended_max_seq_len(self) -> int:
         """The smallest multiple of 128 that holds 99.5 % of the rows as read."""
@@ -98,8 +120,7 @@ class Prepared:
     @cached_property
     def fingerprint(self) -> int:
         """Of the tokenised rows: a resumed run must see the rows that it was started on."""
-        digest = zlib.crc32(np.ascontiguousarray(self.offsets))
-        return zlib.crc32(np.ascontiguousarray(self.mask), zlib.crc32(np.ascontiguousarray(self.ids), digest))
+        return zlib.crc32(np.ascontiguousarray(self.hash_N), zlib.crc32(np.ascontiguousarray(self.lengths)))
 
     def where(self, row: int) -> str:
         """`train.jsonl:17`, the line that kept row `row` came from."""
@@ -113,6 +134,9 @@ class Prepared:
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "percentiles": self.percentiles,
+            "mean": self.tokens / len(self),
+            "share_kept": self.share_kept,
+            "max_seq_len": self.max_seq_len,
             "padding_waste": self.padding_waste,
             "packing_efficiency": 1 - self.padding_waste["pack"],
             "recommended_max_seq_len": self.recommended_max_seq_len,
@@ -121,13 +145,17 @@ class Prepared:
         }
 
     def report(self) -> str:
+        names = [file.name for file in self.files]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more files" if len(names) > 4 else "")
         table = [
-            ("data", f"{', '.join(p.name for p in self.files)}, format {self.format}"),
+            ("data", f"{shown}, format {self.format}"),
             ("rows", f"{self.rows:,}"),
             ("kept", f"{len(self):,}"),
             ("dropped", f"{self.dropped.total():,}"),
         ]
-        table += [(f"  {r}", f"{n:,} ({self.dropped.where(r)})") for r, n in self.dropped.counts.items()]
+        for reason, count in self.dropped.counts.items():
+            where = self.dropped.where(reason)
+            table.append((f"  {reason}", f"{count:,}" + (f" ({where})" if where else "")))
         table += [
             ("tokens", f"{self.tokens:,}"),
             ("target tokens", f"{self.target_tokens:,} ({self.target_tokens / self.tokens:.1%})"),
@@ -140,121 +168,144 @@ class Prepared:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in table)
 
 
-class _Store:
-    """Grows the flat arrays: C arrays, so that a token costs five bytes and not a Python object."""
+def prepare(section: Section, tokenizer: Tokenizer, path: Path_ | float | None = None, side: str = "") -> Prepared:
+    """Reads and tokenises data.path, less the share that data.validation holds out.
 
-    def __init__(self) -> None:
-        self.ids, self.mask, self.offsets = array("i"), bytearray(), array("q", [0])
-        self.files, self.lines, self.measured = array("i"), array("q"), array("q")
-        self.cut, self.answered = 0, 0
+    `path` asks for the held-out rows instead: the value of data.validation. Rows of their own are read under the same
+    rules, without data.limit and data.weights, which are about training rows. `side` (chosen, rejected) is for
+    preference pairs.
+    """
+    own = path is None or isinstance(path, float)
+    if not own:
+        section = replace(section, limit=None, weights=None, validation=None)
+    files = files_of(section, None if own else path)
+    found = _tokenised(section, tokenizer, files, side)
+    account = found.account
+    if section.strict:
+        account.raise_refused()
+    names = _names(files)
+    if not account.rows:
+        raise UserError(f"{names}: the dataset is empty; it must hold at least one row")
+    held_out = isinstance(path, float)
+    share = section.validation if isinstance(section.validation, float) else None
+    chosen = choose(section, found, files, share, held_out)
+    dropped = Tally()
+    if not held_out:  # what could not be tokenised belongs to neither part; it is counted with the training rows
+        dropped.merge(account.dropped)
+        dropped.merge(account.refused)
+    dropped.merge(chosen.dropped)
+    if not len(chosen.rows):
+        _refuse_empty(section, names, found, dropped)
+    left = dropped.total() - chosen.dropped.total()
+    return _laid_out(section, tokenizer, files, found, chosen, dropped, rows=chosen.considered + left)
 
-    def add(self, row: Row, ids: list[int], mask: list[bool]) -> None:
-        self.ids.fromlist(ids)
-        self.mask.extend(mask)
-        self.offsets.append(len(self.ids))
-        self.files.append(row.file)
-        self.lines.append(row.line)
 
-
-def prepare(section: Section, tokenizer: Tokenizer, path: str | Sequence[str] | None = None) -> Prepared:
-    """Reads and tokenises data.path. `path` names other rows under the same rules (held-out ones), without
-    data.limit, which is a limit on training rows."""
-    limit = section.limit if path is None else None
-    paths = paths_of(section.path if path is None else path)
-    reader = Reader(paths, section.format, section.transform, limit)
-    store = _Store()
-    for row in reader:
-        try:
-            ids, mask = tokenizer.training(row.messages, section.train_on)
-        except UserError as error:
-            reader.refuse("template", row.file, row.line, str(error))
-            continue
-        if len(ids) != len(mask):
-            place = reader.place(row.file, row.line)
-            raise ValueError(f"{place}: the tokenizer gave {len(ids)} ids and {len(mask)} mask entries")
-        _keep(section, store, reader, row, ids, mask)
-    reader.raise_refused()
-    _check_kept(section, store, reader)
-    notes = reader.notes()
-    if store.cut:
-        notes.append(f"data.overlong=truncate cut {store.cut:,} rows to {section.max_seq_len:,} tokens")
+def _laid_out(section: Section, tokenizer: Tokenizer, files: list[DataFile], found: Tokens, chosen: Chosen,
+              dropped: Tally, rows: int) -> Prepared:  # fmt: skip
+    offsets = np.cumsum(found.lengths) - found.lengths
+    kept = chosen.rows
     return Prepared(
-        ids=np.frombuffer(store.ids, np.int32),
-        mask=np.frombuffer(store.mask, np.bool_),
-        offsets=np.frombuffer(store.offsets, np.int64),
-        file_N=np.frombuffer(store.files, np.int32),
-        line_N=np.frombuffer(store.lines, np.int64),
-        measured=np.frombuffer(store.measured, np.int64),
-        files=reader.paths,
-        format=reader.formats,
-        rows=reader.rows,
-        dropped=reader.dropped,
-        max_seq_len=section.max_seq_len,
-        pad_id=tokenizer.pad_id,
-        notes=notes,
-    )
+        ids=found.ids, mask=found.mask, starts=offsets[kept], lengths=chosen.lengths, targets=chosen.targets,
+        file_N=found.files[kept], line_N=found.lines[kept], hash_N=found.hashes[kept],
+        measured=found.lengths[chosen.measured], files=files, format=found.account.formats(section.format), rows=rows,
+        dropped=dropped, max_seq_len=section.max_seq_len, pad_id=tokenizer.pad_id,
+        notes=[*found.account.notes(), *chosen.notes],
+    )  # fmt: skip
 
 
-def _keep(
-    section: Section, store: _Store, reader: Reader, row: Row, ids: list[int], mask: list[bool]
-) -> None:
-    """Stores the row, or counts why not. The first token is never a target: nothing stands before it."""
-    store.answered += any(m["role"] == "assistant" for m in row.messages)
-    mask = [False, *mask[1:]]
-    if not any(mask):
-        reader.dropped.add("no_target", reader.place(row.file, row.line))
-        return
-    store.measured.append(len(ids))
-    if len(ids) > section.max_seq_len:
-        if section.overlong != "truncate":  # "error" too: every offender is found before the refusal
-            reader.dropped.add("too_long", reader.place(row.file, row.line))
-            return
-        ids, mask = ids[: section.max_seq_len], mask[: section.max_seq_len]
-        if not any(mask):
-            reader.dropped.add("no_target_left_after_truncation", reader.place(row.file, row.line))
-            return
-        store.cut += 1
-    store.add(row, ids, mask)
+# --- tokenising, once ---
 
 
-def _check_kept(section: Section, store: _Store, reader: Reader) -> None:
-    """Refuses data that cannot train anything, by the rule that emptied it."""
-    names = ", ".join(str(p) for p in reader.paths)
-    dropped = reader.dropped.counts
-    if not reader.rows:
-        raise UserError(f"{names}: the dataset is empty; it must hold one JSON object a line")
-    if section.overlong == "error" and dropped["too_long"]:
+def _tokenised(section: Section, tokenizer: Tokenizer, files: list[DataFile], side: str) -> Tokens:
+    """From the cache where it has them, else by all cores, and kept for the next start."""
+    names = transforms.names_of(section.transform)
+    settings = Settings(dict(section.columns), names, section.train_on, side)
+    folder = getattr(tokenizer, "folder", None)  # one without a folder cannot be named, nor made in another process
+    workers = section.workers or cores()
+    pool = Pool(settings, folder, workers) if folder is not None and workers > 1 else None
+    account = Account()
+    each = section.weights is not None
+
+    def results() -> Iterator[Encoded]:
+        source = chunks(files, section, section.limit, account, each)
+        yield from _told(encode(source, Encoder(settings, tokenizer), pool, ALONE))
+        yield Encoded(account=account)  # what the reading of the files counted
+
+    try:
+        if folder is None or section.cache is None or not all(file.identity for file in files):
+            return tokens.collect(results())
+        root = Path(section.cache).expanduser()
+        key = tokens.key_of([
+            [file.identity for file in files], section.format, section.limit, each and [f.origin for f in files],
+            settings.columns, [[name, transforms.identity(name)] for name in names], settings.train_on, side,
+            tokenizer_identity(folder),
+        ])  # fmt: skip
+        return tokens.load(root, key) or tokens.write(root, key, results())
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """Of everything beside the weights: tokenizer, chat template, the ids that end a turn."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        wanted = path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json")
+        if wanted and path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _told(results: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Says now and then how far it is: a million rows take minutes."""
+    start = said = time.monotonic()
+    rows = 0
+    for encoded in results:
+        rows += encoded.account.rows
+        now = time.monotonic()
+        if now - said >= SAID_EVERY:
+            print(f"tokenised {rows:,} rows, {rows / (now - start):,.0f} a second", file=sys.stderr, flush=True)
+            said = now
+        yield encoded
+
+
+# --- data that cannot train anything ---
+
+
+def _names(files: Sequence[DataFile]) -> str:
+    names = [file.where for file in files]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more files" if len(names) > 5 else "")
+
+
+def _refuse_empty(section: Section, names: str, found: Tokens, dropped: Tally) -> None:
+    """By the rule that emptied it."""
+    rows, counts = found.account.rows, dropped.counts
+    if counts["no_target"] == rows:
+        raise UserError(f"{names}: {_nothing_to_train(section, found.account)}")
+    if counts["too_long"] == rows:
         raise UserError(
-            f"{names}: {dropped['too_long']:,} of {reader.rows:,} rows are longer than data.max_seq_len "
-            f"({section.max_seq_len:,}), the longest has {max(store.measured):,} tokens: "
-            f"{reader.dropped.where('too_long')}. Raise data.max_seq_len, or choose another data.overlong"
-        )
-    if len(store.offsets) > 1:
-        return
-    if dropped["no_target"] == reader.rows:
-        raise UserError(f"{names}: {_nothing_to_train(section, store, reader)}")
-    if dropped["too_long"] == reader.rows:
-        raise UserError(
-            f"{names}: all {reader.rows:,} rows are longer than data.max_seq_len ({section.max_seq_len:,}): "
-            f"the shortest has {min(store.measured):,} tokens, the longest {max(store.measured):,}. Raise "
+            f"{names}: all {rows:,} rows are longer than data.max_seq_len ({section.max_seq_len:,}): "
+            f"the shortest has {found.lengths.min():,} tokens, the longest {found.lengths.max():,}. Raise "
             "data.max_seq_len, or set data.overlong: truncate"
         )
-    reasons = "\n".join(f"  {r}: {n:,} ({reader.dropped.where(r)})" for r, n in dropped.items() if n)
-    raise UserError(f"{names}: none of the {reader.rows:,} rows is left to train on; dropped:\n{reasons}")
+    reasons = "\n".join(f"  {line}" for line in dropped.details())
+    raise UserError(f"{names}: none of the {rows:,} rows is left to train on; dropped:\n{reasons}")
 
 
-def _nothing_to_train(section: Section, store: _Store, reader: Reader) -> str:
+def _nothing_to_train(section: Section, account: Account) -> str:
     """Two different mistakes end in an empty loss mask: rows without answers, and a mask that misses them."""
     rule = f"data.train_on={section.train_on} trains "
     rule += {"all": "every token but the first", "last_assistant": "the last assistant turn"}.get(
         section.train_on, "the assistant turns"
     )
-    if not store.answered:
+    if not account.answered:
         return (
-            f"none of the {reader.rows:,} rows has an assistant turn, and {rule}, so every loss mask is "
+            f"none of the {account.rows:,} rows has an assistant turn, and {rule}, so every loss mask is "
             "empty. Add the answers as assistant turns, or set data.train_on: all"
         )
     return (
-        f"the loss masks of all {reader.rows:,} rows are empty, though {store.answered:,} have an assistant "
-        f"turn; {rule}. The model folder's chat template does not render those turns where the mask looks"
+        f"the loss masks of all {account.rows:,} rows are empty, though {account.answered:,} have an assistant turn; "
+        f"{rule}. Either every such turn has weight 0, or the model folder's chat template does not render those turns "
+        "where the mask looks"
     )

@@ -1,106 +1,238 @@
-"""Evaluations of a run or a model: the bundled Verilog problems by simulation, and the loss on held-out rows.
+"""Evaluations of a run or a model: Verilog problems by simulation, prompts of one's own, and the loss on held-out rows.
 
 For a run folder the base is evaluated beside the tuned model, by the same prompts and settings: a score without its
 base says nothing about the training.
 """
 
+import hashlib
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gemma_tpu import adapters, assets, loading, runs, sampler, sandbox, verilog
+from gemma_tpu import (
+    adapters,
+    answering,
+    assets,
+    contamination,
+    loading,
+    runs,
+    samples,
+    scorecard,
+    scoring,
+    verilog,
+    verilog_eval,
+    verilog_prompts,
+)  # fmt: skip
+from gemma_tpu.answering import Draw, Model, Question
 from gemma_tpu.checkpoint import open_existing
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
 from gemma_tpu.model import Decoder
 from gemma_tpu.projection import LoRA
+from gemma_tpu.samples import Sample
+from gemma_tpu.scorecard import Card
 from gemma_tpu.step import take_apart
 from gemma_tpu.tokenizer import Tokenizer
 from gemma_tpu.train import held_out_loss
 
 PROBLEMS = "bundled:tiny_verilog/heldout.jsonl"
-BOOTSTRAP = 2000
+TINY = Draw(max_new_tokens=192)
 
 
-def tiny(target: str | Path, *, base: bool = True, unsafe: bool = False, settings: sampler.Settings | None = None,
-         samples: int = 1) -> dict[str, Any]:  # fmt: skip
-    """pass@1 on the bundled held-out problems; for a run folder, of its base too."""
-    version = verilog.require_iverilog(unsafe)
-    if not unsafe:
-        sandbox.require()
-    settings = settings or sampler.Settings(max_new_tokens=192)
+def tiny(
+    target: str | Path, *, base: bool = True, unsafe: bool = False, draw: Draw = TINY, step: int | None = None,
+    served: str | None = None, out: Path | None = None, ks: Sequence[int] = (),
+) -> Card:  # fmt: skip
+    """pass@k on the bundled held-out problems; for a run folder, of its base too, and kept in eval_tiny.json."""
+    version = verilog.require(unsafe)
     problems = verilog.load_problems(assets.resolve(PROBLEMS))
-    target = Path(target)
-    model, folder = adapters.load_target(target)
-    tokenizer = Tokenizer(folder)
-    tuned = _score(model, tokenizer, problems, settings, samples, unsafe, f"tuned {target}")
-    results = {**tuned, "target": str(target), "iverilog": version}
-    if base and runs.is_run(target):
-        found = _score(adapters.load(folder), tokenizer, problems, settings, samples, unsafe, f"base {folder}")
-        results["base"] = {**found, "target": str(folder)}
-    if runs.is_run(target):
+    questions = [Question(one.id, [{"role": "user", "content": one.prompt}]) for one in problems]
+    target = _place(target)
+    models = _models(target, step, base, served)
+    folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
+    results = _measure(
+        models, questions, draw, folder, {"eval": "tiny", "problems": _digest([vars(one) for one in problems])},
+        scoring.simulated(problems, unsafe), ks,
+    )  # fmt: skip
+    results |= {"eval": "tiny", "target": str(target), "iverilog": version}
+    if _is_run(target):
+        results["contamination"] = _contamination(target, {(one.id, "prompt"): one.prompt for one in problems})
         path = target / "eval_tiny.json"
-        runs.write_text(path, json.dumps(results, indent=1) + "\n")
-        say(f"every completion and verdict is in {path}")
-    say(_table(results))
+        scoring.keep(path, results)
+    if out is not None:
+        scoring.keep(out / "results.json", results)
+    return scoring.told(results)
+
+
+def verilog_bench(
+    target: str | Path, clone: Path, *, task: str = verilog_eval.TASKS[0], style: str = "official", shots: int = 0,
+    draw: Draw, only: Sequence[str] = (), base: bool = True, step: int | None = None,
+    served: str | None = None, unsafe: bool = False, workers: int | None = None,
+    timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
+) -> Card:  # fmt: skip
+    """verilog-eval v2 for a run (and its base) or a model; samples are kept as they come, and a rerun goes on."""
+    version = verilog.require(unsafe)
+    problems = verilog_eval.choose(verilog_eval.load(clone, task), only)
+    questions = verilog_prompts.questions(problems, style, shots, clone)
+    target = _place(target)
+    name = f"verilog_{task}_{Path(style).stem}{shots}_{_slug(draw)}{_at(target, step)}"
+    folder = out or _home(target) / name
+    say(f"verilog-eval v2, {task}, {style} prompt, {shots} shots, {draw}; {version}")
+    for note in filter(None, [verilog_prompts.NOTES.get(style)]):
+        say(f"note: {note}")
+    results = {
+        "eval": "verilog", "target": str(target), "iverilog": version, "task": task, "style": style, "shots": shots,
+        "draw": draw.json(),
+    }  # fmt: skip
+    if _is_run(target):
+        texts = {(one.id, part): getattr(one, part) for one in problems for part in ("prompt", "reference")}
+        results["contamination"] = _contamination(target, texts)
+    else:
+        say("contamination was not checked: only a run folder names its training data")
+    models = _models(target, step, base, served)
+    settings = {
+        "eval": "verilog", "task": task, "style": style, "shots": shots,
+        "prompts": _digest([[one.problem, list(one.messages)] for one in questions]),
+    }  # fmt: skip
+    problems = scoring.scorable(problems, workers, unsafe, timeout)
+    score = scoring.simulated(problems, unsafe, workers, timeout)
+    results |= _measure(models, questions, draw, folder, settings, score, ks)
+    results["unscorable"] = {one.id: one.unscorable for one in problems if one.unscorable}
+    scoring.keep(folder / "results.json", results)
+    return scoring.told(results)
+
+
+def prompts(
+    target: str | Path, file: Path, scorer: str, *, draw: Draw, base: bool = True, step: int | None = None,
+    served: str | None = None, out: Path | None = None,
+) -> Card:  # fmt: skip
+    """Prompts of the user's own, scored by a function of the user's: base and tuned, intervals, paired test."""
+    from gemma_tpu import own_prompts
+
+    rows = own_prompts.read(file)
+    judge = own_prompts.scorer(scorer)
+    target = _place(target)
+    folder = out or _home(target) / (
+        f"prompts_{file.stem}_{_slug(draw)}{_at(target, step)}"
+    )
+    questions = [Question(row.name, row.messages) for row in rows]
+    stored = _sampled(_models(target, step, base, served), questions, draw, folder,
+                      {"eval": "prompts", "file": _digest([row.record for row in rows])})  # fmt: skip
+    entries = {name: own_prompts.card(rows, made, judge) for name, made in stored.items()}
+    results = {**entries.pop("tuned"), "eval": "prompts", "target": str(target), "scorer": scorer, "draw": draw.json()}
+    if entries:
+        results |= {"base": entries["base"], "paired": scorecard.compare(entries["base"], results, ("base", "tuned"))}
+    scoring.keep(folder / "results.json", results)
+    say(own_prompts.table(results))
+    if "paired" in results:
+        say(results["paired"]["sentence"])
     return results
 
 
-def _score(
-    model: Decoder, tokenizer: Tokenizer, problems: list, settings: sampler.Settings, samples: int, unsafe: bool,
-    name: str,
-) -> dict[str, Any]:  # fmt: skip
-    prompts = [tokenizer.prompt([{"role": "user", "content": problem.prompt}]) for problem in problems]
-    say(f"{name}: {len(problems)} problems x {samples} samples, temperature {settings.temperature:g}")
-    made = sampler.generate(model, [p for p in prompts for _ in range(samples)], tokenizer.stop_ids, settings, rows=30)
-    texts = [tokenizer.decode(completion.tokens) for completion in made]
-    verdicts = verilog.score_all([p for p in problems for _ in range(samples)], texts, unsafe=unsafe)
-    per_problem, failures = {}, {}
-    for number, problem in enumerate(problems):
-        mine = range(number * samples, (number + 1) * samples)
-        per_problem[problem.id] = {
-            "passed": sum(verdicts[i].passed for i in mine), "samples": samples,
-            "verdicts": [verdicts[i].kind for i in mine], "completions": [texts[i] for i in mine],
-        }  # fmt: skip
-    for verdict in verdicts:
-        if not verdict.passed:
-            failures[verdict.kind] = failures.get(verdict.kind, 0) + 1
-    passed = np.array([entry["passed"] for entry in per_problem.values()])
-    cut = sum(completion.finish_reason == "length" for completion in made)
-    if cut:
-        say(f"note: {cut} of {len(made)} completions were cut at {settings.max_new_tokens} tokens")
-    return {
-        "passed": int(passed.sum()), "total": len(verdicts), "problems": len(problems),
-        "pass_at_k": {str(k): pass_at_k(passed, samples, k) for k in sorted({1, samples})},
-        "failures": failures, "cut": cut, "per_problem": per_problem,
-    }  # fmt: skip
+# --- the parts ---
 
 
-def pass_at_k(passed_P: np.ndarray, samples: int, k: int) -> list[float]:
-    """[value, low, high]: the unbiased estimate and its 95 % bootstrap interval over problems."""
-    each_P = np.array([verilog.pass_at_k(samples, int(count), k) for count in passed_P])
-    draws = np.random.default_rng(0).integers(0, len(each_P), (BOOTSTRAP, len(each_P)))
-    low, high = np.quantile(each_P[draws].mean(axis=1), [0.025, 0.975])
-    return [round(float(x), 4) for x in (each_P.mean(), low, high)]
+def _place(target: str | Path) -> str | Path:
+    """A server's URL as it stands, everything else as a path."""
+    return target if "://" in str(target) else Path(target)
 
 
-def _table(results: dict[str, Any]) -> str:
-    lines = [f"{'model':<8}{'pass@1':>8}   {'95 % interval':<16}{'passed':>10}   failures"]
-    for name, entry in (("base", results.get("base")), ("tuned", results)):
-        if entry is not None:
-            value, low, high = entry["pass_at_k"]["1"]
-            failures = ", ".join(f"{kind} {n}" for kind, n in sorted(entry["failures"].items())) or "none"
-            interval = f"{low:.3f} to {high:.3f}"
-            passed = f"{entry['passed']:>5}/{entry['total']:<4}"
-            lines.append(f"{name:<8}{value:>8.3f}   {interval:<16}{passed}   {failures}")
-    return "\n".join([*lines, f"simulated with {results['iverilog']}"])
+def _is_run(target: str | Path) -> bool:
+    return isinstance(target, Path) and runs.is_run(target)
 
 
-def loss(target: str | Path) -> dict[str, Any]:
+def _home(target: str | Path) -> Path:
+    """Where evaluations of the target are kept by default."""
+    if _is_run(target):
+        return target / "evals"
+    name = target.resolve().name if isinstance(target, Path) else re.sub(r"\W+", "_", target.partition("://")[2])
+    return Path("evals") / name
+
+
+def _models(target: str | Path, step: int | None, base: bool, served: str | None) -> dict[str, Model]:
+    if served is not None and isinstance(target, Path):
+        raise UserError(f"--model {served}: belongs to a server's URL; {target} is a folder")
+    if not _is_run(target):
+        if step is not None:
+            raise UserError(f"--step {step}: {target} is no run folder, and only a run folder has steps")
+        return {"tuned": Model(target, served=served)}
+    return ({"base": Model(target, step, base=True)} if base else {}) | {"tuned": Model(target, step)}
+
+
+def _measure(
+    models: Mapping[str, Model], questions: Sequence[Question], draw: Draw, folder: Path | None,
+    settings: Mapping[str, Any], score: scoring.Score, ks: Sequence[int],
+) -> Card:  # fmt: skip
+    """The card of the tuned model, with the base's in it and the paired test of the two."""
+    order, entries = [one.problem for one in questions], {}
+    for name, made in _sampled(models, questions, draw, folder, settings).items():
+        entries[name] = scorecard.card(order, made, score(made), ks)
+    results = entries.pop("tuned")
+    if entries:
+        results = {**results, "base": {**entries["base"], "target": models["base"].identity()["model"]}}
+        results["paired"] = scorecard.compare(entries["base"], results, ("base", "tuned"))
+    return results
+
+
+def _sampled(
+    models: Mapping[str, Model], questions: Sequence[Question], draw: Draw, folder: Path | None,
+    settings: Mapping[str, Any],
+) -> dict[str, list[Sample]]:  # fmt: skip
+    """Every sample of every model: those that are stored, and the missing ones drawn and stored as they come."""
+    wanted = [(one.problem, number) for one in questions for number in range(draw.n)]
+    found = {}
+    for name, model in models.items():
+        store = samples.Store(
+            None if folder is None else folder / f"{name}.jsonl",
+            {**settings, "draw": draw.json(), **({} if folder is None else model.identity())},
+        )
+        missing = store.missing(wanted)
+        said = f"{name} {model.target}: {len(questions)} problems x {draw.n} samples, {draw}"
+        if store.path is not None:
+            said += f"; {len(wanted) - len(missing)} are there, {len(missing)} to draw, kept in {store.path}"
+        if store.dropped:
+            said += "; one half-written line was cut off and is drawn again"
+        say(said)
+        if missing:
+            answering.answer(model, questions, draw, missing, store.add)
+        found[name] = [store.found[key] for key in wanted]
+    return found
+
+
+def _contamination(run: Path, texts: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    try:
+        report = contamination.check(texts, contamination.training_rows(runs.read_config(run).data))
+    except UserError as error:
+        say(f"contamination was not checked: {error}")
+        return {"not_checked": str(error)}
+    for line in report.lines():
+        say(line)
+    return report.json()
+
+
+def _slug(draw: Draw) -> str:
+    return f"n{draw.n}_t{draw.temperature:g}_p{draw.top_p:g}_s{draw.seed}"
+
+
+def _at(target: str | Path, step: int | None) -> str:
+    """The checkpoint's part of a name: samples of two checkpoints must not meet."""
+    return f"_step{step or adapters.read(target).step}" if _is_run(target) else ""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- held-out loss ---
+
+
+def loss(target: str | Path, step: int | None = None) -> dict[str, Any]:
     """Loss per target token on the rows that the run's config holds out, of the base and of the tuned model."""
     target = Path(target)
     if not runs.is_run(target):
@@ -109,7 +241,7 @@ def loss(target: str | Path) -> dict[str, Any]:
     if config.data.validation is None:
         raise UserError(f"{target}/config.yaml has no data.validation; name a file of held-out rows there")
     open_existing(target).close()  # refuse before the work, not after the base's loss
-    trained = adapters.read(target)
+    trained = adapters.read(target, step)
     tokenizer = Tokenizer(trained.base_folder)
     rows = prepare(config.data, tokenizer, config.data.validation)
     loader = make_loader(rows, max_seq_len=config.data.max_seq_len, packing=config.data.packing,

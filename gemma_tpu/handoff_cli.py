@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import runs
-from gemma_tpu.errors import UserError
+from gemma_tpu import train_cli
+from gemma_tpu.arguments import positive, run_folder
 
 Result = dict[str, Any]
 
@@ -19,7 +19,7 @@ def merge(args: argparse.Namespace) -> tuple[Result, int]:
     overwrite = True if args.overwrite else None
     return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite, push=args.push,
                  max_shard_size=args.max_shard_size, checkpoint=args.checkpoint, layout=args.layout, rank=args.rank,
-                 alpha=args.alpha), 0  # fmt: skip
+                 alpha=args.alpha, onto=args.onto), 0  # fmt: skip
 
 
 def adapter(args: argparse.Namespace) -> tuple[Result, int]:
@@ -34,15 +34,8 @@ def verify(args: argparse.Namespace) -> tuple[Result, int]:
     run = run_folder(args.run_dir)
     from gemma_tpu.verify import verify
 
-    result = verify(run, merged=args.merged, base=args.base, step=args.step)
+    result = verify(run, merged=args.merged, base=args.base, step=args.step, onto=args.onto)
     return result, 0 if result["ok"] else 1
-
-
-def run_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: no such folder; RUN_DIR is the run_dir of a config that was trained")
-    runs.read_config(path)
-    return path
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -50,11 +43,14 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     one = command(commands, "merge", merge, "merge a run's adapter into its base's safetensors", example)
     add_merge_arguments(one)
 
+    train_cli.add_report_arguments(command(commands, "report", train_cli.report, *train_cli.REPORT))
+
     example = "gemma-tpu verify runs/tiny_cpu"
     about = "prove a merge: tensors, logits, transformers and PEFT where torch is installed"
     one = command(commands, "verify", verify, about, example)
     _add_run(one)
     one.add_argument("--merged", type=Path, help="the merged folder; by default the run's own merged/")
+    _add_onto(one)
 
     example = "gemma-tpu adapter runs/tiny_cpu --out adapters/mine"
     one = command(commands, "adapter", adapter, "write a run's adapter as a PEFT folder", example)
@@ -76,15 +72,15 @@ def add_merge_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--layout", choices=("tunix", "peft"), help="whose checkpoint that is")
     one.add_argument("--rank", type=int, help="of a Tunix adapter")
     one.add_argument("--alpha", type=float, help="of a Tunix adapter")
+    _add_onto(one)
 
 
 def _add_run(one: argparse.ArgumentParser, **how: Any) -> None:
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained", **how)
-    one.add_argument("--step", type=_positive, help="a checkpoint's step; by default the latest")
+    one.add_argument("--step", type=positive, help="a checkpoint's step; by default the latest")
     one.add_argument("--base", help="where the base lies now, if it has moved since training")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text}")
-    return int(text)
+def _add_onto(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--onto", choices=("original", "dequantised"), default="original",
+                     help="of a run on a quantised base: the weights as they are in its files, or as training saw them")

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import permutations
 from typing import Any, get_args
 
-from gemma_tpu.schema import Activation, Config
+from gemma_tpu.schema import Activation, Config, LoraConfig, OptimConfig
 from gemma_tpu.variants import Architecture
 
 Remat = str | Sequence[str]  # none, full, or the names of the activations to keep
@@ -36,6 +36,9 @@ class Job:
     remat: Remat  # none, full, or the names of the activations to keep ("gate@host": in the host's memory)
     mesh: tuple[tuple[str, int], ...]  # (axis, size)
     replicate_kv: bool
+    adapter: LoraConfig = LoraConfig()  # its other fields; those above are in front
+    optim: OptimConfig = OptimConfig()
+    quantise: str | None = None
 
     @classmethod
     def of(cls, config: Config, mesh: Mapping[str, int], remat: Remat | None = None) -> "Job":
@@ -46,7 +49,7 @@ class Job:
             dtype=config.model.dtype, rows=train.batch_size // train.accumulation,
             accumulation=train.accumulation, tokens=config.data.max_seq_len,
             remat=_remat(train.remat if remat is None else remat), mesh=_axes(mesh),
-            replicate_kv=config.mesh.replicate_kv,
+            replicate_kv=config.mesh.replicate_kv, adapter=lora, optim=config.optim, quantise=config.model.quantise,
         )  # fmt: skip
 
     def change(self, **changes: Any) -> "Job":
@@ -103,9 +106,10 @@ class Variable:
     path: str
     shape: tuple[int, ...]
     local: tuple[int, ...]  # of one device's shard
-    itemsize: int
+    itemsize: float  # of codes of four bits: 0.5
     trains: bool
     fsdp_dim: int | None  # the dim that fsdp splits
+    parameters: int  # that a model has in it; scales and zeros are none
 
     @property
     def elements(self) -> int:
@@ -114,7 +118,7 @@ class Variable:
     @property
     def bytes(self) -> int:
         """Of one device's shard."""
-        return self.itemsize * padded(self.local)
+        return int(self.itemsize * padded(self.local))
 
 
 def padded(shape: tuple[int, ...]) -> int:
@@ -133,30 +137,41 @@ def _tiles(rows: int, columns: int) -> int:
 def placed(arch: Architecture, job: Job) -> tuple[Variable, ...]:
     """Every variable of the model with its shard, as a run places it; its errors are the run's too."""
     # Rows, tokens and remat do not move weights: a search over them must not place the model again.
-    return _placed(arch, job.change(rows=1, tokens=1, accumulation=1, remat="full"))
+    return _placed(arch, job.change(rows=1, tokens=1, accumulation=1, remat="full"))[0]
+
+
+def moments(arch: Architecture, job: Job) -> int:
+    """Bytes of one device that the optimizer holds beside what trains."""
+    return _placed(arch, job.change(rows=1, tokens=1, accumulation=1, remat="full"))[1]
 
 
 @lru_cache(256)
-def _placed(arch: Architecture, job: Job) -> tuple[Variable, ...]:
+def _placed(arch: Architecture, job: Job) -> tuple[tuple[Variable, ...], int]:
     from jax.sharding import AbstractMesh, AxisType
 
-    from gemma_tpu import loading, lora
+    from gemma_tpu import loading, lora, optim
     from gemma_tpu import mesh as meshes
     from gemma_tpu.model import Decoder
     from gemma_tpu.projection import Base
 
     model = Decoder(arch, loading.DTYPES[job.dtype])
+    loading.hold_quantised(model, job.quantise)
     if job.method == "full":
         model.trains = Base
     else:
-        lora.inject(model, targets=job.targets, exclude=job.exclude, rank=job.rank, alpha=job.rank)
+        adapter = replace(job.adapter, targets=job.targets, exclude=job.exclude, rank=job.rank)
+        lora.inject_config(model, adapter)
     shape = tuple(job.size(axis) for axis in meshes.AXES)
     mesh = AbstractMesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * len(shape))
     shardings, _ = loading.place(model, mesh, job.replicate_kv)
-    found = []
+    found, shares = [], lora.shares(model)
     for path, variable in loading.variables(model).items():
         shape, sharding = tuple(variable.shape), shardings[path]
         split = [dim for dim, entry in enumerate(sharding.spec) if entry == "fsdp"]
-        found.append(Variable(path, shape, sharding.shard_shape(shape), variable.dtype.itemsize,
-                              isinstance(variable, model.trains), split[0] if split else None))  # fmt: skip
-    return tuple(found)
+        size = 0.5 if variable.dtype.name == "uint4" else variable.dtype.itemsize
+        share = 1.0 if isinstance(variable, Base) else shares.get(path, 0.0)
+        found.append(Variable(path, shape, sharding.shard_shape(shape), size, isinstance(variable, model.trains),
+                              split[0] if split else None, round(share * math.prod(shape))))  # fmt: skip
+    state = optim.state_shapes(job.optim, model, shardings)
+    held = sum(padded(shard) * dtype.itemsize for shape, shard, dtype in state if shape)
+    return tuple(found), held

@@ -3,7 +3,7 @@ hold the model, by the very modules that train.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_tpu import loading, lora, weights
+from gemma_tpu import loading, lora, quantise, weights
 from gemma_tpu.adapters import Trained
 from gemma_tpu.model import Context, Decoder, restart_positions, softcap
 from gemma_tpu.shards import Checkpoint
+from gemma_tpu.sites import sites
 from gemma_tpu.weights import Entry
 
 HEAD_ROWS = 1 << 14  # of the vocabulary at a time
@@ -26,21 +27,27 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 class Side:
     """One of the models that are compared: a checkpoint, with what a run has trained beside or in it.
 
-    `change(tensor name, values)` may put other values in place of the checkpoint's.
+    `change(tensor name, values)` may put other values in place of the checkpoint's. `quantised`: the layers' matrices
+    are what a run computed with that held them so.
     """
 
     checkpoint: Checkpoint
     trained: Trained | None = None
     change: Change = lambda name, values: values
-    values: Mapping[str, np.ndarray] = field(init=False)
+    quantised: str | None = None
+    values: dict[str, np.ndarray] = field(init=False)
     model: Decoder = field(init=False)
+    inputs: dict[str, int] = field(init=False)  # of the quantised weights: how many of their last dims
 
     def __post_init__(self) -> None:
         where = self.checkpoint.where
         self.model, _ = loading.build(where if "://" in where else Path(where), dtype="float32")
         self.values = {} if self.trained is None else self.trained.numpy()
         if self.trained is not None and self.trained.is_lora:
-            lora.inject_like(self.model, self.trained.record["shapes"], self.trained.scale)
+            lora.inject_like(self.model, self.trained.record["shapes"], self.trained.record["adapter"])
+            self.values |= lora.constants(self.model)
+        held = sites(self.model) if self.quantised else ()
+        self.inputs = {f"{site.path}.w": site.projection.inputs for site in held}
         self.table = weights.by_path(self.model.arch)
 
     def layers(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Iterator[jax.Array]:
@@ -99,6 +106,8 @@ class Side:
             if repeat is None or entry.index[0] == repeat:
                 index = entry.index if repeat is None else entry.index[1:]
                 out[index] = self.change(entry.hf, self._tensor(entry)).reshape(entry.shape)
+        if (inside := self.inputs.get(name)) is not None:
+            return quantise.decode(quantise.encode(out, self.quantised, inside), self.quantised, inside)
         return out
 
     def _tensor(self, entry: Entry) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a folder to a model on a mesh: shapes first, then shardings, then weights streamed onto their shards."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_tpu import hf_config, streaming, variants
+from gemma_tpu import hf_config, quantise, streaming, variants
 from gemma_tpu import mesh as meshes
 from gemma_tpu.model import Decoder
-from gemma_tpu.projection import Base
+from gemma_tpu.projection import Base, Constant
 from gemma_tpu.shards import Checkpoint, open_checkpoint
+from gemma_tpu.sites import sites
 from gemma_tpu.transfer import Transfer
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -50,15 +52,37 @@ def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[
         tensors.append(meshes.Tensor(path, tuple(variable.shape), axes, variable.dtype.itemsize))
         specs[path] = meshes.spec_for(axes, mesh)
     # A rank that fsdp does not divide leaves an adapter tensor whole: small beside the base, and said.
-    whole = frozenset({"rank", "kv_heads"} if replicate_kv else {"rank"})
+    # So do blocks that it does not divide: an eighth of what they scale.
+    whole = frozenset({"rank", "embed_blocks", "mlp_blocks", *(["kv_heads"] if replicate_kv else [])})
     fixed, fixes = meshes.fix_specs(tensors, specs, mesh, whole)
     return meshes.shardings(mesh, fixed), fixes
 
 
 def load_base(model: Decoder, checkpoint: Checkpoint, shardings: Mapping[str, NamedSharding]) -> None:
     shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in variables(model, Base).items()}
+    encoders = {}
+    for site in sites(model):
+        one, path = site.projection, f"{site.path}.w"
+        if one.quantised:
+            shapes[path] = jax.ShapeDtypeStruct(one.w.shape, model.embed.w.dtype)
+            encoders[path] = partial(quantise.encode, kind=one.quantised, inside=one.inputs, xp=jnp)
     with Transfer("weights", checkpoint.source) as transfer:
-        assign(model, streaming.load(checkpoint, model.arch, shapes, shardings, transfer.update))
+        assign(model, streaming.load(checkpoint, model.arch, shapes, shardings, transfer.update, encoders))
+
+
+def hold_quantised(model: Decoder, kind: str | None) -> None:
+    """Let the layers' matrices be held in fewer bits; embedding, head, norms and routers stay as they are."""
+    if kind is None:
+        return
+    for site in sites(model):
+        one = site.projection
+        shape, axes = tuple(one.w.shape), one.w.get_metadata()["axes"]
+        blocks = f"{axes[-1]}_blocks" if axes[-1] in ("embed", "mlp") else axes[-1]
+        named = {"w": axes, "w_scale": (*axes[:-1], blocks)}
+        for name, (held, dtype) in quantise.parts(kind, shape, one.inputs).items():
+            variable = Base if name == "w" else Constant
+            setattr(one, name, variable(jax.ShapeDtypeStruct(held, dtype), axes=named.get(name, axes[: len(held)])))
+        one.quantised = kind
 
 
 def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
@@ -73,7 +97,9 @@ def one_device_mesh() -> Mesh:
     return meshes.build({}, jax.devices()[:1])
 
 
-def build(folder: str | Path, *, dtype: str) -> tuple[Decoder, Checkpoint]:
+def build(folder: str | Path, *, dtype: str, quantise: str | None = None) -> tuple[Decoder, Checkpoint]:
     """The model of a checkpoint (a folder, a URL, a hub id) as shapes, nothing read yet but its config and headers."""
     checkpoint = open_checkpoint(folder)
-    return Decoder(architecture(checkpoint), DTYPES[dtype]), checkpoint
+    model = Decoder(architecture(checkpoint), DTYPES[dtype])
+    hold_quantised(model, quantise)
+    return model, checkpoint

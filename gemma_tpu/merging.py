@@ -5,8 +5,9 @@ from the checkpoint. The base's own shards, names and index are kept; tensors th
 for byte; K and V, which train as one kv_einsum tensor, go back to the two tensors that they are in the file.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from gemma_tpu.adapters import Trained
 from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
 from gemma_tpu.patch import PatchReport, write_patched
+from gemma_tpu.quantise import block_of
 from gemma_tpu.remote import restore_url
 from gemma_tpu.runs import RunFolder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
@@ -23,19 +25,21 @@ from gemma_tpu.updates import LowRank, Replace, Update
 from gemma_tpu.variants import Architecture
 
 LAYOUTS = ("tunix", "peft")
+Onto = Literal["original", "dequantised"]
 
 
 def merge(
     run_dir: str | Path | None = None, *, base: str | Path | None = None, out: str | Path | None = None,
-    step: int | None = None, overwrite: bool | None = None, max_shard_size: str | None = None,
-    checkpoint: str | Path | None = None, layout: str | None = None, rank: int | None = None,
-    alpha: float | None = None, push: str | None = None,
+    step: int | None = None, overwrite: bool | None = None, onto: Onto = "original",
+    max_shard_size: str | None = None, checkpoint: str | Path | None = None, layout: str | None = None,
+    rank: int | None = None, alpha: float | None = None, push: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Merge a run's latest checkpoint (or that of `step`) into its base; returns the figures of what was written.
 
     `base` is only needed where the folder that the run was trained on has moved: its fingerprint must agree. The
     default `out` is the run's own merged/, which a later merge of the same run may replace; any other folder or bucket
-    must be new unless `overwrite`. An interrupted merge goes on where it stopped when it is asked for again.
+    must be new unless `overwrite`. An interrupted merge goes on where it stopped when it is asked for again. A run on a
+    quantised base merges onto the original weights, or `onto` the "dequantised" ones, which it was trained with.
 
     In place of a run, `checkpoint` with a `layout` takes what others have trained: "tunix" an Orbax checkpoint of
     Tunix, whose rank and alpha must be given, "peft" a PEFT adapter folder. `push` uploads the result to the hub.
@@ -45,8 +49,10 @@ def merge(
     if checkpoint is not None or layout is not None:
         if run_dir is not None or step is not None:
             raise UserError("give a run, or a checkpoint with its layout, not both")
+        if onto != "original":
+            raise UserError(f"--onto {onto} is about runs on a quantised base; leave it out")
         where, updates, about = _foreign(checkpoint, layout, base, out, rank, alpha)
-        target, replace, what = out, bool(overwrite), f"{checkpoint}"
+        target, overwrite, what = out, bool(overwrite), f"{checkpoint}"
     else:
         if run_dir is None:
             raise UserError("give a run folder, or a checkpoint with its layout")
@@ -54,12 +60,14 @@ def merge(
             raise UserError("rank and alpha of a run stand in its checkpoint: leave them out")
         trained = adapters.read(run_dir, step)
         where = open_base(trained, base)
-        updates = updates_of(trained, loading.architecture(where))
+        updates = updates_of(trained, loading.architecture(where), onto)
         about = card.of_run(trained.run, trained.step, trained.record)
         target = RunFolder(Path(run_dir)).merged if out is None else out
-        replace = out is None if overwrite is None else overwrite
+        overwrite = out is None if overwrite is None else overwrite
         what = f"step {trained.step} of {trained.run}"
-    report = _write(where, target, updates, about, replace, max_shard_size)
+        if trained.quantised:
+            what += f" onto the {onto} weights (in training they were {trained.quantised})"
+    report = _write(where, target, updates, about, overwrite, max_shard_size)
     _say(report, what)
     if push is not None:
         _push(push, target)
@@ -87,9 +95,11 @@ def export_adapter(
     if not trained.is_lora:
         raise UserError(f"{run_dir} has trained every weight: there is no adapter to export; merge it")
     checkpoint = open_base(trained, base)
-    updates = updates_of(trained, loading.architecture(checkpoint))
+    arch = loading.architecture(checkpoint)
+    updates = updates_of(trained, arch)
     named = card.name_of(trained.record["base"]["folder"])
-    config = peft_folder.write(Path(out), updates, base=named, native=native, overwrite=overwrite)
+    config = peft_folder.write(Path(out), updates, base=named, native=native, overwrite=overwrite,
+                               depth=len(arch.layers))  # fmt: skip
     say(f"wrote {out}: {len(updates)} modules of step {trained.step}, rank {config['r']}, alpha {config['lora_alpha']}")
     if config["target_parameters"]:
         say("note: adapters on experts are read by PEFT; vLLM and llama.cpp want the merged weights")
@@ -97,16 +107,13 @@ def export_adapter(
             "alpha": config["lora_alpha"], "form": "native" if native else "portable"}  # fmt: skip
 
 
-def updates_of(trained: Trained, arch: Architecture) -> dict[str, Update]:
+def updates_of(trained: Trained, arch: Architecture, onto: Onto = "original") -> dict[str, Update]:
     """What happens to which tensor of the checkpoint; raises if anything that was trained finds no place."""
-    values = trained.numpy()
     if trained.is_lora:
-        pairs = weights.split_lora(arch, values)
-        held, placed = sum(v.size for v in values.values()), sum(a.size + b.size for a, b in pairs.values())
-        if placed != held:  # a layer or a half of K and V that no tensor of the base takes
-            raise UserError(f"{trained.run}: {placed:,} of the adapter's {held:,} numbers have a place in the base")
-        return {hf: LowRank(b=b, a=a, scale=trained.scale) for hf, (a, b) in pairs.items()}
-    table = weights.by_path(arch)
+        wide = {hf: (one, *one.wide) for hf, one in trained.by_tensor(arch).items()}
+        low = {hf: LowRank(b=b, a=a, scale=one.scale, magnitude=one.magnitude) for hf, (one, a, b) in wide.items()}
+        return low if onto == "original" else _onto_dequantised(trained, arch, low)
+    values, table = trained.numpy(), weights.by_path(arch)
     if unused := sorted(set(values) - set(table)):
         raise UserError("these trained tensors belong to no weight of the base:\n  " + "\n  ".join(unused))
     return {
@@ -114,6 +121,18 @@ def updates_of(trained: Trained, arch: Architecture) -> dict[str, Update]:
         for path in values
         for entry in table[path]
     }
+
+
+def _onto_dequantised(trained: Trained, arch: Architecture, low: dict[str, LowRank]) -> dict[str, Update]:
+    """The same updates of the weights that the run saw, and those weights too where it has no adapter."""
+    if trained.quantised is None:
+        raise UserError(f"{trained.run} was trained on the base as it is: there is nothing to dequantise")
+    found: dict[str, Update] = {}
+    for hf, entry in weights.lora_entries(arch).items():
+        *experts, out, inside = entry.hf_shape
+        nothing = LowRank(np.zeros((*experts, out, 0), np.float32), np.zeros((*experts, 0, inside), np.float32), 0.0)
+        found[hf] = replace(low.get(hf, nothing), quantised=(trained.quantised, block_of(entry.shape[-1])))
+    return found
 
 
 def _foreign(

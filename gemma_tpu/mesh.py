@@ -28,6 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tp",),
     "mlp": ("tp",),
     "experts": ("expert", "fsdp", "tp"),  # whole experts that never move: tokens come to them
+    "embed_blocks": ("fsdp",),  # blocks of a quantised weight along such a dim
+    "mlp_blocks": ("tp",),
     "vocab": ("fsdp", "tp"),  # the head never moves: hidden states come to it
     "rank": ("fsdp",),  # of an adapter tensor that has no other dim for fsdp
     "per_layer_vocab": ("fsdp", "tp"),  # its other dim holds every layer side by side: splitting it would mix them

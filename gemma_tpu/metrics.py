@@ -1,6 +1,7 @@
 """What a run leaves for people: metrics.jsonl, lines on the console or a progress bar, and the loss picture."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -14,17 +15,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """metrics.jsonl, one object a step. On resume, steps after the checkpoint are dropped: they will run again."""
+    """A JSONL file of steps: metrics.jsonl has one object a step, others one an event.
+
+    On resume, steps after the checkpoint are dropped: they will run again. A number that is none (a loss that
+    overflowed) is null: JSON has no NaN.
+    """
 
     def __init__(self, path: Path, start: int):
         kept = [row for row in _whole_lines(path) if row["step"] <= start]
+        self.last: Mapping[str, Any] | None = kept[-1] if kept else None
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file: TextIO = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -54,6 +61,10 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task("train", total=total, completed=start, shown="")
 
+    def restart(self) -> None:
+        """The time that is left is reckoned from here: compiling is over."""
+        self._begun = time.monotonic()
+
     def update(self, row: Mapping[str, Any]) -> None:
         step = row["step"]
         shown = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
@@ -61,12 +72,22 @@ class Progress:
             self._bar.update(self._task, completed=step, shown=shown)
         elif step % self._every == 0 or step in (self._total, self._start + 1):
             left = (time.monotonic() - self._begun) / (step - self._start) * (self._total - step)
-            say(f"step {step:>5}/{self._total}  {shown}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}  "
-                f"left {clock(left)}")  # fmt: skip
+            say(f"step {step:>5}/{self._total}  {shown}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}"
+                f"{measured(row)}  left {clock(left)}")  # fmt: skip
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def measured(row: Mapping[str, Any]) -> str:
+    """What else is known of a step, for its line: what is not known on these devices is left out."""
+    words = {
+        "mfu": lambda x: f"MFU {x:.1%}", "padding": lambda x: f"padding {x:.0%}",
+        "memory_gib": lambda x: f"memory {x:.1f} GiB", "data_wait": lambda x: f"data wait {x:.0%}",
+        "usd": lambda x: f"${x:.2f}",
+    }  # fmt: skip
+    return "".join(f"  {told(row[key])}" for key, told in words.items() if row.get(key) is not None)
 
 
 def _rich_bar() -> Any:
@@ -79,9 +100,19 @@ def _rich_bar() -> Any:
     )  # fmt: skip
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Of several hosts one speaks; errors are every host's own."""
+    global _silent
+    _silent = True
+
+
 def say(text: str = "") -> None:
     """To stderr: stdout belongs to --json."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -97,6 +128,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str, held_out: Mapp
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["loss"] is not None]  # of an update that was not applied
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth, mean = [], losses[0] if losses else 0.0
     for loss in losses:

@@ -4,19 +4,22 @@ Layers that repeat are stacked and scanned: 60 layers compile like 6. What train
 input, so that gradients come back stacked; what is frozen is closed over and indexed inside the checkpointed layer,
 or the scan would keep a copy of every frozen weight for the backward pass.
 
-Letters: B rows, T tokens, S cache slots, D hidden, N query heads, K KV heads, H head dim, F mlp, V vocab, C = 2.
+Letters: B rows, T tokens, R repeats, D hidden, N query heads, K KV heads, H head dim, F mlp, V vocab, C = 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma_tpu.attention import attention
+from gemma_tpu import kv_cache
+from gemma_tpu.attention import against_cache, attention
 from gemma_tpu.experts import Mixture
+from gemma_tpu.kv_cache import Pair, Rings
 from gemma_tpu.mesh import constrain
 from gemma_tpu.projection import Base, LoRA, Projection
 from gemma_tpu.variants import Architecture, Block, Layer, Rope
@@ -27,24 +30,12 @@ HOST = "@host"
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values of every block and slot, [repeats, B, S, K, H], and which cache slots hold a token."""
-
-    kv: tuple[tuple[tuple[jax.Array, jax.Array], ...], ...]
-    segments_BS: jax.Array
-
-
-jax.tree_util.register_dataclass(Cache, ["kv", "segments_BS"], [])
-
-
-@dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares."""
 
-    segments_BT: jax.Array
+    segments_BT: jax.Array | None  # None for a step against the cache
     positions_BT: jax.Array
-    k_segments_BS: jax.Array
-    index_BT: jax.Array | None  # where the tokens stand in the cache; None without a cache
+    biases: Mapping[int | None, jax.Array] | None = None  # of the slots of the cache, by window
 
 
 class Norm(nnx.Module):
@@ -95,20 +86,20 @@ class Attention(nnx.Module):
         if not layer.kv_shared:
             self.k_norm = Norm(arch, H, repeats, dtype)
 
-    def __call__(self, x_BTD, ctx: Context, key, kv, cached):
+    def __call__(self, x_BTD, ctx: Context, key, kv, past: Pair | None):
         """(output, the keys and values it used). `kv` are those of an earlier layer, for a layer that shares them;
-        `cached` is this layer's part of the cache, or None."""
+        `past` is what a cache holds of the tokens before."""
         # Kept by name as the projections give them: the norms need that again, and the rest is cheap.
         q_BTNH = checkpoint_name(constrain(self.q_proj(x_BTD, key), "batch", None, "act_heads", None), "q")
         q_BTNH = rotate(self.q_norm(q_BTNH), ctx.positions_BT, self.layer.rope)
         if not self.layer.kv_shared:
             kv = self._keys_values(x_BTD, ctx, key)
-            if cached is not None:
-                kv = tuple(_put(old, new, ctx.index_BT) for old, new in zip(cached, kv, strict=True))
-        out_BTNH = attention(
-            q_BTNH, *kv, ctx.segments_BT, ctx.k_segments_BS,
-            scale=self.scale, window=self.layer.window, q_index_BT=ctx.index_BT,
-        )  # fmt: skip
+        if past is not None:
+            out_BTNH = against_cache(q_BTNH, *kv, *past, ctx.biases[self.layer.window], self.scale)
+        else:
+            out_BTNH = attention(
+                q_BTNH, *kv, ctx.segments_BT, ctx.segments_BT, scale=self.scale, window=self.layer.window
+            )
         return checkpoint_name(self.o_proj(out_BTNH, key), "o"), kv
 
     def _keys_values(self, x_BTD, ctx: Context, key):
@@ -125,11 +116,6 @@ class Attention(nnx.Module):
 
 def _kept(x_BTKH, name: str):
     return checkpoint_name(constrain(x_BTKH, "batch", None, "act_kv_heads", None), name)
-
-
-def _put(cache_BSKH, new_BTKH, index_BT):
-    rows_B1 = jnp.arange(cache_BSKH.shape[0])[:, None]
-    return cache_BSKH.at[rows_B1, index_BT].set(new_BTKH.astype(cache_BSKH.dtype))
 
 
 class MLP(nnx.Module):
@@ -168,8 +154,8 @@ class DecoderLayer(nnx.Module):
         if self.has_scalar:
             self.layer_scalar = Base(jax.ShapeDtypeStruct((repeats, 1), dtype), axes=("layers", None))
 
-    def __call__(self, x_BTD, ctx: Context, key, kv, cached, per_layer_BTP):
-        out_BTD, kv = self.attention(self.input_norm(x_BTD), ctx, key, kv, cached)
+    def __call__(self, x_BTD, ctx: Context, key, kv, past: Pair | None, per_layer_BTP):
+        out_BTD, kv = self.attention(self.input_norm(x_BTD), ctx, key, kv, past)
         x_BTD = x_BTD + self.post_attention_norm(out_BTD)
         out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key)
         if self.has_experts:
@@ -230,6 +216,7 @@ class Decoder(nnx.Module):
         ])
         self.final_norm = Norm(arch, arch.hidden, None, dtype)
         self.trains: type[nnx.Variable] = LoRA  # what goes through the scan as input
+        self.objective = None  # what it trains for; None: the cross entropy of every target
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -249,40 +236,32 @@ class Decoder(nnx.Module):
         segment_ids_BT = jnp.asarray(segment_ids_BT, jnp.int32)
         if positions_BT is None:
             positions_BT = restart_positions(segment_ids_BT)
-        ctx = Context(segment_ids_BT, positions_BT, segment_ids_BT, None)
-        return self._run(tokens_BT, ctx, _Pass(key, remat, self.trains), None)[0]
+        return self._run(tokens_BT, Context(segment_ids_BT, positions_BT), _Pass(key, remat, self.trains))[0]
 
-    def with_cache(self, tokens_BT, segment_ids_BT, index_BT, cache: Cache):
-        """Like `hidden`, with the tokens written to the cache at `index_BT`; returns (x_BTD, cache)."""
-        rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-        segments_BS = cache.segments_BS.at[rows_B1, index_BT].set(segment_ids_BT)
-        ctx = Context(segment_ids_BT, index_BT, segments_BS, index_BT)
-        x_BTD, kv = self._run(tokens_BT, ctx, _Pass(None, "none", self.trains), cache.kv)
-        return x_BTD, Cache(kv, segments_BS)
+    def prefill(self, tokens_BT, segment_ids_BT):
+        """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H]."""
+        ctx = Context(segment_ids_BT, restart_positions(segment_ids_BT))
+        return self._run(tokens_BT, ctx, _Pass(None, "none", self.trains, keep=True))
 
-    def _run(self, tokens_BT, ctx: Context, how: "_Pass", cached):
+    def step(self, tokens_B, last_B, clock, rings: Rings, capacity: int):
+        """One token more in every row, the row's number `last_B`: (x_BD, rings). See `kv_cache` for the clock."""
+        ctx = Context(None, last_B[:, None], kv_cache.biases(self.arch, capacity, clock, last_B))
+        x_B1D, new = self._run(tokens_B[:, None], ctx, _Pass(None, "none", self.trains, keep=True), rings)
+        # The slot is made to wait for the result: XLA copies a whole ring that may still be read when it is written.
+        after = clock + jnp.isnan(x_B1D[0, 0, 0]).astype(clock.dtype)
+        return x_B1D[:, 0], kv_cache.put(rings, new, after)
+
+    def _run(self, tokens_BT, ctx: Context, how: "_Pass", rings: Rings | None = None):
         x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", None)
         per_layer_BTLP = self.embed_per_layer(tokens_BT, x_BTD) if self.arch.per_layer_input else None
-        shared = _no_keys_yet(self.arch, ctx, x_BTD.dtype) if self.arch.shares_kv else {}
+        shared = _no_keys_yet(self.arch, tokens_BT.shape, x_BTD.dtype) if self.arch.shares_kv else {}
         kept = []
         for number, (block, layers) in enumerate(zip(self.arch.blocks, self.blocks, strict=True)):
             part = None if per_layer_BTLP is None else _of_block(block, per_layer_BTLP)
-            carry, kv = _run_block(
-                block, layers, (x_BTD, shared), ctx, how, part, None if cached is None else cached[number]
-            )
-            x_BTD, shared = carry
+            past = None if rings is None else partial(kv_cache.past, self.arch, rings, number)
+            (x_BTD, shared), kv = _run_block(block, layers, (x_BTD, shared), ctx, how, part, past)
             kept.append(kv)
         return self.final_norm(x_BTD), tuple(kept)
-
-    def empty_cache(self, rows: int, slots: int) -> Cache:
-        def pair(block: Block, layer: Layer):
-            if layer.kv_shared:
-                return None
-            shape = (block.repeats, rows, slots, layer.kv_heads, layer.head_dim)
-            return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
-
-        kv = tuple(tuple(pair(block, layer) for layer in block.period) for block in self.arch.blocks)
-        return Cache(kv, jnp.zeros((rows, slots), jnp.int32))
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -300,17 +279,18 @@ def restart_positions(segment_ids_BT: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Pass:
-    """How one forward pass runs: the dropout key, what is recomputed, and which variables train."""
+    """How one forward pass runs: the dropout key, what is recomputed, which variables train, and whether it gives
+    the keys and values too."""
 
     key: jax.Array | None
     remat: Remat
     trains: type[nnx.Variable]
+    keep: bool = False
 
 
-def _no_keys_yet(arch: Architecture, ctx: Context, dtype):
+def _no_keys_yet(arch: Architecture, shape: tuple[int, int], dtype):
     """Stand-ins for the keys and values that later layers take over; each kind's own layers replace them."""
-    rows, slots = ctx.k_segments_BS.shape
-    own = {layer.kind: (rows, slots, layer.kv_heads, layer.head_dim) for layer in arch.layers if not layer.kv_shared}
+    own = {layer.kind: (*shape, layer.kv_heads, layer.head_dim) for layer in arch.layers if not layer.kv_shared}
     return {kind: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for kind, shape in own.items()}
 
 
@@ -321,34 +301,33 @@ def _of_block(block: Block, per_layer_BTLP):
     return part_LBTP.reshape(block.repeats, slots, *part_LBTP.shape[1:])
 
 
-def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, cached):
+def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past):
     """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind)."""
     split = [nnx.split(layer, how.trains, ...) for layer in layers]
     trained = [part[1] for part in split]
 
-    def one_layer(slot, repeat, x_BTD, trained_layer, kv, cached_layer, per_layer_BTP):
+    def one_layer(slot, repeat, x_BTD, trained_layer, kv, per_layer_BTP):
         graph, _, frozen = split[slot]
         at = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False), frozen)
         layer = nnx.merge(graph, trained_layer, at)
         number = block.first + repeat * len(block.period) + slot
         key = None if how.key is None else jax.random.fold_in(how.key, number)
-        return layer(x_BTD, ctx, key, kv, cached_layer, per_layer_BTP)
+        return layer(x_BTD, ctx, key, kv, None if past is None else past(slot, repeat), per_layer_BTP)
 
     def one_period(carry, xs):
-        (x_BTD, shared), (repeat, trained_now, cached_now, per_layer_now) = carry, xs
+        (x_BTD, shared), (repeat, trained_now, per_layer_now) = carry, xs
         kept = []
         for slot, layer in enumerate(block.period):
             run = _rematerialise(lambda *a, slot=slot: one_layer(slot, *a), how.remat)
             x_BTD, kv = run(
                 repeat, x_BTD, trained_now[slot], shared.get(layer.kind),
-                None if cached_now is None else cached_now[slot],
                 None if per_layer_now is None else per_layer_now[slot],
             )  # fmt: skip
             shared = {**shared, layer.kind: kv} if shared else shared
             kept.append(None if layer.kv_shared else kv)
-        return (x_BTD, shared), None if cached_now is None else tuple(kept)
+        return (x_BTD, shared), tuple(kept) if how.keep else None
 
-    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, cached, per_layer))
+    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer))
 
 
 def _rematerialise(run, remat: Remat):

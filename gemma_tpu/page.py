@@ -69,6 +69,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence
     return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
+def details(summary: str, body: str) -> str:
+    """What is shown when its summary is clicked; `body` is HTML."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
 # --- pictures ---
 
 
@@ -121,6 +130,50 @@ def stack(parts: Sequence[tuple[str, float, int]], limit: float, unit: str, labe
         drawn.append(_text(left + 18, y + 10, name))
         drawn.append(_text(left + (WIDTH - 20) / columns - 24, y + 10, f"{value:.2f}", "end", "soft"))
     return _svg(80 + down * 19, label, drawn)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], marks: Sequence[tuple[float, str]], label: str) -> str:
+    """Columns over an axis from 0; `marks` are lines across it, each with its words."""
+    left, wide, top, bottom = 48, WIDTH - 48 - 20, 14 + 16 * len(marks), 236
+    high, most = edges[-1], max(counts) or 1
+    drawn = [f'<path class="axis" d="M{left} {bottom}H{left + wide}"/>']
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        tall = count / most * (bottom - top)
+        told = f"{start:,.0f} to {end:,.0f}: {count:,}"
+        x, thick = left + start / high * wide, (end - start) / high * wide - 1
+        drawn.append(_rect(x, bottom - tall, thick, tall, 0, True, told))
+    for value in Axis("", 0, high).ticks():
+        drawn.append(_text(left + value / high * wide, bottom + 17, _short(value), "middle", "soft"))
+    for at, (value, words) in enumerate(marks):
+        x, y = left + min(value / high, 1) * wide, 12 + 16 * at
+        drawn += [f'<path class="limit" d="M{x:.1f} {y + 3}V{bottom}"/>',
+                  _text(x - 5 if x > WIDTH / 2 else x + 5, y, words, "end" if x > WIDTH / 2 else "start")]  # fmt: skip
+    drawn += [_text(left - 6, top + 8, f"{most:,}", "end", "soft"), _text(left - 6, bottom, "0", "end", "soft")]
+    return _svg(bottom + 26, label, drawn)
+
+
+def sheets(rows: Sequence[Sequence[tuple[int, str]]], capacity: int, label: str) -> str:
+    """One line a sheet, filled from the left by its rows of (tokens, words); what stays empty is padding."""
+    left, wide, tall = 48, WIDTH - 48 - 20, 13
+    drawn = []
+    for number, sheet in enumerate(rows):
+        y, x = number * tall, float(left)
+        drawn += [_text(left - 6, y + 10, str(number), "end", "soft"),
+                  f'<path class="axis" d="M{left} {y + 1.5}H{left + wide}V{y + tall - 1.5}H{left}Z"/>']  # fmt: skip
+        for at, (tokens, told) in enumerate(sheet):
+            drawn.append(_rect(x, y + 1.5, max(1.5, tokens / capacity * wide - 1), tall - 3, at % COLOURS, True, told))
+            x += tokens / capacity * wide
+    return _svg(len(rows) * tall + 4, label, drawn)
+
+
+def tokens(turns: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """Turns of (caption, pieces); a piece is its text and the kinds it is of: trained, special."""
+    parts = (
+        f'<div class="turn"><p class="note">{escape(caption)}</p><pre>'
+        + "".join(f'<span class="{kinds}">{escape(text)}</span>' for text, kinds in pieces) + "</pre></div>"
+        for caption, pieces in turns
+    )
+    return "".join(parts)
 
 
 @dataclass(frozen=True)

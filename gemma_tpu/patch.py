@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from gemma_tpu import layout, updates
 from gemma_tpu.blas import single_threaded
-from gemma_tpu.destination import Destination, opened
+from gemma_tpu.destination import Destination, Folder, opened
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.layout import Layout, OutShard
 from gemma_tpu.remote import restore_url
@@ -89,6 +89,23 @@ def write_patched(base: Checkpoint, out: str | Path, changes: Mapping[str, Updat
             writer.write_file(name, extra.get(name))
     report.seconds = time.monotonic() - began
     report.peak_rss_mib = peak_rss_mib()
+    return report
+
+
+def try_shard(base: Checkpoint, folder: Path, changes: Mapping[str, Update]) -> PatchReport:
+    """The smallest shard that the updates change, written into `folder` and deleted again: will a merge work here?"""
+    edits = updates.check(base, changes)
+    plan = [one for one in layout.like_base(base).shards if any(info.name in edits for info in one.tensors)]
+    shard = min(plan, key=lambda one: one.size)
+    inside = {info.name: edits[info.name] for info in shard.tensors if info.name in edits}
+    report = PatchReport(str(folder / shard.name), len(inside), len(shard.tensors) - len(inside))
+    (folder / shard.name).unlink(missing_ok=True)
+    try:
+        _Writer(base, inside, Folder(folder), report, None).write_shards(Layout((shard,), None), _workers(base))
+    except OSError as error:
+        raise RunError(f"writing {report.out} failed: {error.strerror or error}") from error
+    finally:
+        (folder / shard.name).unlink(missing_ok=True)
     return report
 
 

@@ -30,15 +30,16 @@ Pairs = Mapping[str, LowRank]  # by the checkpoint's tensor name
 
 
 def write(out: Path, adapter: Pairs, *, base: str, native: bool = False, overwrite: bool = False,
-          extra: Mapping[str, bytes] | None = None) -> dict[str, Any]:
-    """Writes the folder, whole or not at all; returns its adapter_config.json."""
+          depth: int | None = None, extra: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+    """Writes the folder, whole or not at all; returns its adapter_config.json. `depth`: the base's layers, of which
+    some may have no adapter."""
     from safetensors.numpy import save
 
     if any(part.magnitude is not None for part in adapter.values()) and not native:
         raise UserError("an adapter with magnitudes (DoRA) has no portable form: vLLM and llama.cpp cannot read it; "
                         "export it in its native form, or merge it")
     shaped, config = _native(adapter) if native else _portable(adapter)
-    config = _config(shaped, base) | config
+    config = _config(shaped, base, depth) | config
     tensors = to_peft({name: (part.a, part.b) for name, part in shaped.items()})
     tensors |= {f"base_model.model.{_module(name)}.lora_magnitude_vector": part.magnitude
                 for name, part in shaped.items() if part.magnitude is not None}  # fmt: skip
@@ -88,9 +89,9 @@ def _whole(alpha: float) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _config(adapter: Pairs, base: str) -> dict[str, Any]:
+def _config(adapter: Pairs, base: str, depth: int | None) -> dict[str, Any]:
     dense = [_module(name) for name in adapter if not name.endswith(EXPERTS)]
-    stacks = sorted({name.rpartition(".layers.")[2].partition(".")[2] for name in adapter if name.endswith(EXPERTS)})
+    stacks = _stacks([name for name in adapter if name.endswith(EXPERTS)], depth)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0,
@@ -99,20 +100,32 @@ def _config(adapter: Pairs, base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _stacks(names: list[str], depth: int | None) -> list[str]:
+    """Stacks of experts are parameters: named by their ends, with the layer's number where some layers have none."""
+    ends = [name.rpartition(".layers.")[2] for name in names]
+    layers = {end.partition(".")[0] for end in ends}
+    whole = depth is None or len(layers) == depth
+    return sorted({end.partition(".")[2] if whole else f"layers.{end}" for end in ends})
+
+
 def _targets(modules: list[str]) -> str | list[str]:
-    """One regex over full names, so that a vision tower's q_proj is never one of them."""
+    """One regex over full names, so that neither a vision tower's q_proj nor that of a layer left out is among them."""
     if not modules:
         return []
-    layers = sorted({module.rpartition(".layers.")[0] for module in modules})
-    rest = sorted({re.sub(r"^.*\.layers\.\d+\.", "", module) for module in modules})
-    parts: dict[str, list[str]] = {}
-    for name in rest:
+    towers = sorted({module.rpartition(".layers.")[0] for module in modules})
+    layers: dict[str, list[int]] = {}  # of each module that layers have
+    for module in modules:
+        number, _, name = module.rpartition(".layers.")[2].partition(".")
+        layers.setdefault(name, []).append(int(number))
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}  # (layers, parent) -> what is in it
+    for name, numbers in sorted(layers.items()):
         parent, _, last = name.rpartition(".")
-        parts.setdefault(parent, []).append(last)
+        alike.setdefault((tuple(sorted(numbers)), parent), []).append(last)
     inner = "|".join(
-        (f"{re.escape(parent)}\\." if parent else "") + f"({'|'.join(names)})" for parent, names in parts.items()
+        f"({'|'.join(map(str, numbers))})\\." + (f"{re.escape(parent)}\\." if parent else "") + f"({'|'.join(names)})"
+        for (numbers, parent), names in alike.items()
     )
-    return f"({'|'.join(map(re.escape, layers))})\\.layers\\.\\d+\\.({inner})"
+    return f"({'|'.join(map(re.escape, towers))})\\.layers\\.({inner})"
 
 
 def _module(name: str) -> str:
@@ -201,7 +214,7 @@ def _setting(config: dict[str, Any], pattern: str, default: str, place: str) -> 
 def _places(base: Checkpoint, arch: Architecture, config: dict[str, Any]) -> dict[str, str]:
     """`layers.3.mlp.up_proj` -> the tensor: classes name what stands in front of the layers as they please. Where both
     stacks of experts are adapted, PEFT wraps their module twice: down_proj outside, gate_up_proj inside."""
-    stacks = [name for name in EXPERTS if name in (config.get("target_parameters") or ())]
+    stacks = [name for name in EXPERTS if any(one.endswith(name) for one in config.get("target_parameters") or ())]
     found = {}
     for name in base.names():
         if name.startswith(f"{arch.prefix}layers.") and len(base.info(name).shape) > 1:
@@ -220,39 +233,53 @@ def _suffix(module: str) -> str | None:
 
 
 def onto(adapter: Adapter, arch: Architecture, start: Mapping[str, np.ndarray],
-         scales: Mapping[str, float]) -> tuple[dict[str, np.ndarray], list[str]]:
+         layout: Mapping[str, Any], dora: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
     """(our stacked tensors that compute what the adapter computes, what is new in them)
 
     `start` has fresh values, with B zero, which stay wherever the adapter has nothing: modules that it leaves out, and
-    ranks beyond its own. Its scale goes into B, because ours is the config's. `scales` is by projection.
+    ranks beyond its own. Its scale goes into B, because ours is the config's. `layout` is lora.layout of our model.
     """
     values = {path: np.array(value, np.float32) for path, value in start.items()}
+    if dora:
+        rows = {name.removesuffix("b"): value.shape[:-1] for name, value in values.items() if name.endswith(".lora_b")}
+        values |= {f"{name}magnitude": np.zeros(shape, np.float32) for name, shape in rows.items()}
     problems = []
     entries = lora_entries(arch)
+    trained = {}  # tensor -> (our projection, rank and scale of this layer)
+    for hf, entry in entries.items():
+        stem = entry.path.removesuffix(".w")
+        if (own := layout.get(stem)) is not None:
+            number = int(np.ravel_multi_index(entry.index, values[f"{stem}.lora_b"].shape[: len(entry.index)]))
+            if own["ranks"][number]:
+                trained[hf] = stem, own["ranks"][number], own["scales"][number]
     for hf, part in adapter.parts.items():
-        stem = entries[hf].path.removesuffix(".w") if hf in entries else None
-        if stem is None or f"{stem}.lora_a" not in values:
-            problems.append(f"{hf}: lora.targets does not train it")
+        if hf not in trained:
+            problems.append(f"{hf}: lora.targets and lora.layers do not train it")
             continue
-        index = entries[hf].index
+        (stem, width, scale), index = trained[hf], entries[hf].index
         *experts, out, inside = entries[hf].hf_shape
         a_RI = values[f"{stem}.lora_a"][index].reshape(*experts, -1, inside)  # views: the stack has room in itself
         b_OR = values[f"{stem}.lora_b"][index].reshape(*experts, out, -1)
         rank = part.a.shape[-2]
-        if part.magnitude is not None:
-            problems.append(f"{hf}: has a magnitude (DoRA), which a plain LoRA cannot go on with")
-        elif rank > a_RI.shape[-2]:
+        if dora != (part.magnitude is not None):
+            has, must = ("no", "false") if dora else ("a", "true")
+            problems.append(f"{hf}: has {has} magnitude, lora.dora must be {must}")
+        elif rank > width:
             problems.append(f"{hf}: has rank {rank}, lora.rank must be at least that")
         else:
             a_RI[..., :rank, :] = part.a
-            b_OR[..., :rank] = part.b * (part.scale / scales[stem])
+            b_OR[..., :rank] = part.b * (part.scale / scale)
+            if dora:
+                magnitude = values[f"{stem}.lora_magnitude"][index]
+                magnitude[...] = part.magnitude.reshape(magnitude.shape)
+    fresh = sorted(set(trained) - set(adapter.parts))
+    if dora and fresh:
+        problems += [f"{hf}: has no adapter there, and a DoRA needs its magnitude" for hf in fresh]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise UserError(f"lora.init_from {adapter.folder} does not fit this config:\n  {shown}")
-    trained = [hf for hf, entry in entries.items() if f"{entry.path.removesuffix('.w')}.lora_a" in values]
-    fresh = len(set(trained) - set(adapter.parts))
     ranks = sorted({part.a.shape[-2] for part in adapter.parts.values()})
     notes = [f"adapter of {adapter.folder}: {len(adapter.parts)} modules of rank {', '.join(map(str, ranks))} taken up"]
     if fresh:
-        notes.append(f"{fresh} modules that it leaves out start fresh")
+        notes.append(f"{len(fresh)} modules that it leaves out start fresh")
     return values, notes

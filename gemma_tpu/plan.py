@@ -191,13 +191,13 @@ def _analytic(config: Config, source: str, place: Slice, subject: Subject, workl
         remat, said = advice.choose_remat(arch, config, place, sizes)
     job = Job.of(config, sizes, remat)
     variables = placed(arch, job)
-    trained = [one.elements for one in variables if one.trains]
+    trained = [one.parameters for one in variables if one.trains]
     return Plan(
         config=config, source=source, place=place, subject=subject, job=job, remat=said or advice.describe(remat, job),
         meshes=tuple(budget.valid_meshes(arch, place, job)), heads=tuple(meshes.head_table(arch, sizes["tp"])),
         memory=budget.memory(arch, job, place), estimate=roofline.estimate(arch, job, place), workload=workload,
         calibrations=calibration.of_chip(place.chip.name), trainable=sum(trained),
-        parameters=sum(one.elements for one in variables if job.method == "full" or not one.trains),
+        parameters=sum(one.parameters for one in variables if job.method == "full" or not one.trains),
         longest_sequence=budget.longest_sequence(arch, job, place),
         largest_batch=budget.largest_batch(arch, job, place),
     )  # fmt: skip

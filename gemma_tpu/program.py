@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_tpu import advice, chips, flags, loading, lora, optim, step
+from gemma_tpu import advice, chips, distributed, flags, loading, lora, optim, preference, step
 from gemma_tpu import mesh as meshes
 from gemma_tpu.model import Decoder, Remat
 from gemma_tpu.projection import Base
@@ -25,13 +25,12 @@ BATCH = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, 
 
 
 def adapt(model: Decoder, config: Config) -> list[lora.Site]:
-    """Choose what trains: adapters beside a frozen base, or the base itself (then there are no sites)."""
+    """Choose what trains, and for what: adapters beside a frozen base, or the base itself (then there are no sites)."""
+    model.objective = preference.objective(config)
     if config.train.method == "full":
         model.trains = Base
         return []
-    section = config.lora
-    return lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                       alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+    return lora.inject_config(model, config.lora)
 
 
 def remat_of(config: Config, model: Decoder, mesh: Mesh) -> tuple[Remat, str | None]:
@@ -64,7 +63,7 @@ class Program:
         return {"trained": self.trained, "opt": opt, "step": self.at(0)}
 
     def at(self, number: int) -> jax.Array:
-        return jax.device_put(jnp.asarray(number, jnp.int32), self.whole)
+        return distributed.place(np.asarray(number, np.int32), self.whole)
 
     def abstract_state(self) -> step.State:
         shapes = {
@@ -87,17 +86,36 @@ class Program:
         return NamedSharding(self.mesh, meshes.spec_for((None, "batch", None), self.mesh))
 
     def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
-        return jax.device_put(batch, self.rows)
+        return {name: distributed.place(leaf, self.rows) for name, leaf in batch.items()}
 
     def lower(self, state: step.State, batch: step.Batch) -> jax.stages.Lowered:
-        # The state must come back in the shardings it went in with, or step 2 would compile again.
-        jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.state_shardings, self.whole))
         with jax.set_mesh(self.mesh):
-            return jitted.lower(state, self.parts.frozen, batch)
+            return self._jitted(None).lower(state, self.parts.frozen, batch)
 
-    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> jax.stages.Compiled:
+    def _jitted(self, options: dict[str, Any] | None) -> Any:
+        # The state must come back in the shardings it went in with, or step 2 would compile again.
+        shardings = (self.state_shardings, self.whole)
+        return jax.jit(self.function, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+
+    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> Any:
         options = flags.for_mesh(self.mesh) | (more or {})
-        return lowered.compile(compiler_options=options or None)
+        compiled = lowered.compile(compiler_options=options or None)
+        four_bits = any(leaf.dtype.name == "uint4" for leaf in jax.tree.leaves(self.parts.frozen))
+        return _ByJit(compiled, self._jitted(options or None)) if four_bits else compiled
+
+
+class _ByJit:
+    """A compiled program that is called through jit. JAX 0.10 turns down arrays of four bits where it is called
+    itself: it takes them to be laid out otherwise than the program has them. The compile cache gives jit the same."""
+
+    def __init__(self, compiled: jax.stages.Compiled, jitted: Any):
+        self._compiled, self._jitted = compiled, jitted
+
+    def __call__(self, *args: Any) -> Any:
+        return self._jitted(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
 
 
 def build(
@@ -111,7 +129,7 @@ def build(
     if remat is None:
         remat, chosen = remat_of(config, model, mesh)
         notes += [chosen] if chosen else []
-    optimizer = optim.optimizer(config.optim, rate)
+    optimizer = optim.optimizer(config.optim, rate, optim.roles(model))
     parts, trained = step.take_apart(model)
     function = step.make_train_step(
         parts, optimizer, rate, remat=remat, seed=config.train.seed,
@@ -122,14 +140,9 @@ def build(
 
 
 def _state_shardings(optimizer, trained: step.Trained, shardings: Shardings, mesh: Mesh) -> dict[str, Any]:
-    """The optimizer's moments take the sharding of the tensor they belong to; everything else is replicated."""
-    whole = NamedSharding(mesh, PartitionSpec())
     of_trained = {path: shardings[path] for path in trained}
-    of_opt = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, trained), of_trained,
-        transform_non_params=lambda _: whole,
-    )  # fmt: skip
-    return {"trained": of_trained, "opt": of_opt, "step": whole}
+    of_opt = optim.state_shardings(jax.eval_shape(optimizer.init, trained), trained, of_trained)
+    return {"trained": of_trained, "opt": of_opt, "step": NamedSharding(mesh, PartitionSpec())}
 
 
 def abstract(model: Decoder, shardings: Shardings) -> None:

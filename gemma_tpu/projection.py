@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gemma_tpu import quantise
 from gemma_tpu.mesh import gathered
 
 STACK = "C"
@@ -29,51 +30,139 @@ class LoRA(nnx.Variable):
     """An adapter tensor: A [R, in] or B [out, R], with the base weight's own dims."""
 
 
-class Projection(nnx.Module):
-    def __init__(self, name: str, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
-                 repeats: int, dtype: jnp.dtype):  # fmt: skip
-        self.name = name
-        self.equation = equation
-        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
+class Constant(nnx.Variable):
+    """What belongs to an adapter or to a quantised weight, and never trains."""
+
+
+class Linear(nnx.Module):
+    """A weight [out, in], whole or quantised, and the fields of one adapter, each independent of the others.
+
+    Without `lora_a` there is no adapter. A quantised weight's codes are in `w`, and what they need beside it.
+    """
+
+    w: Base
+    inputs: int  # how many of its last dims are contracted
+
+    def __init__(self) -> None:
+        self.quantised: str | None = None
+        self.w_scale: Constant | None = nnx.data(None)
+        self.w_low: Constant | None = nnx.data(None)
+        self.w_step: Constant | None = nnx.data(None)
         self.lora_a: LoRA | None = nnx.data(None)
         self.lora_b: LoRA | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora_magnitude: LoRA | None = nnx.data(None)  # [out]: DoRA, the norm of each row of the sum
+        self.lora_a0: LoRA | None = nnx.data(None)  # where A and B started, taken off again: PiSSA. They never move
+        self.lora_b0: LoRA | None = nnx.data(None)
+        self.lora_scales: Constant | None = nnx.data(None)  # of each layer of the stack, where those differ
+        self.lora_scale: float | tuple[float, ...] = 0.0
+        self.lora_ranks: tuple[int, ...] = ()  # of each layer of the stack (of its K and its V); beyond it are zeros
         self.lora_dropout = 0.0
 
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight itself, or what a quantised one stands for."""
+        return self.decoded(self.parts(), dtype)
+
+    def parts(self) -> dict[str, jax.Array]:
+        return {name: value[...] for name in quantise.PARTS if (value := getattr(self, name)) is not None}
+
+    def decoded(self, parts: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        if self.quantised is None:
+            return parts["w"]
+        return quantise.decode(parts, self.quantised, self.inputs, jnp).astype(dtype)
+
+    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        if key is None or self.lora_dropout == 0:
+            return x
+        return _dropout(x, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
+
+    def _scaled(self, b: jax.Array) -> jax.Array:
+        """B times the scale, before it is rounded to the type of the activations: the merge rounds neither."""
+        if self.lora_scales is None:
+            return b * jnp.asarray(self.lora_scale, b.dtype)
+        scales = self.lora_scales[...]
+        return b * scales.reshape(scales.shape + (1,) * (b.ndim - scales.ndim))
+
+
+class Projection(Linear):
+    def __init__(self, name: str, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
+                 repeats: int, dtype: jnp.dtype):  # fmt: skip
+        super().__init__()
+        self.name = name
+        self.equation = equation
+        self.inputs = len(weight_letters(equation)[2])
+        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
+
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y = jnp.einsum(self.equation, x, self.w[...])
+        y = self._base(x)
         if self.lora_a is None:
             return y
         down, up = lora_equations(self.equation)
-        if key is not None and self.lora_dropout > 0:
-            x = _dropout(x, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
-        h = checkpoint_name(jnp.einsum(down, x, _whole(self.lora_a, x.dtype)), "lora_h")
-        return y + _widen(up, h * jnp.asarray(self.lora_scale, x.dtype), _whole(self.lora_b, x.dtype))
+        a, b = _whole(self.lora_a, x.dtype), self._whole_b(self.lora_b, x.dtype)
+        h = jnp.einsum(down, self._dropped(x, key), a)
+        if self.lora_a0 is not None:
+            a0, b0 = jax.lax.stop_gradient((_whole(self.lora_a0, x.dtype), self._whole_b(self.lora_b0, x.dtype)))
+            h = jnp.concatenate([h, jnp.einsum(down, x, a0)], axis=-1)
+            rank_dim = 1 if weight_letters(self.equation)[0] else 0
+            a, b = jnp.concatenate([a, a0], axis=rank_dim), jnp.concatenate([b, -b0], axis=-1)
+        y = y + _widen(up, checkpoint_name(h, "lora_h"), b)
+        return y if self.lora_magnitude is None else y * self._turned_to_length(a, b).astype(y.dtype)
+
+    def _base(self, x: jax.Array) -> jax.Array:
+        if self.quantised != "int8":
+            return jnp.einsum(self.equation, x, self.weight(x.dtype))
+        # The codes are exact in bfloat16, the scaled weights are not: rows are scaled after the product.
+        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        return (y.astype(jnp.float32) * self.w_step[...]).astype(x.dtype)
+
+    def _whole_b(self, b: LoRA, dtype: jnp.dtype) -> jax.Array:
+        return gathered(self._scaled(b[...]).astype(dtype), b.get_metadata()["axes"][1:])
+
+    def _turned_to_length(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Magnitude over norm, for each row of W + B A. The norm takes no gradient, and W + B A is never formed:
+        |W + BA|^2 = |W|^2 + 2 <W, BA> + |BA|^2, each of which needs at most A W^T, as narrow as the rank."""
+        stack, out, inside = weight_letters(self.equation)
+        rows, full = stack + out, stack + out + inside
+        w, a, b = jax.lax.stop_gradient((self.weight(a.dtype), a, b))
+        einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        aw = einsum(f"{full},{stack}R{inside}->{rows}R", w, a)
+        aa = einsum(f"{stack}R{inside},{stack}Q{inside}->{stack}RQ", a, a)
+        b = b.astype(jnp.float32)
+        own = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(-len(inside), 0))
+        both = einsum(f"{rows}R,{rows}R->{rows}", b, 2 * aw + einsum(f"{rows}Q,{stack}RQ->{rows}R", b, aa))
+        norm = checkpoint_name(jnp.sqrt(own + both), "lora_h")
+        magnitude = gathered(self.lora_magnitude[...], self.lora_magnitude.get_metadata()["axes"][1:])
+        factor = magnitude / norm
+        if self.lora_scales is None:
+            return factor
+        scales = self.lora_scales[...]  # a layer of the stack that was not chosen keeps its own length
+        return jnp.where(scales.reshape(scales.shape + (1,) * (factor.ndim - scales.ndim)) == 0, 1.0, factor)
 
 
-class ExpertProjection(nnx.Module):
+class ExpertProjection(Linear):
     """The same linear map once for each expert: rows sorted by expert meet their expert's weight [E, out, in].
 
     Each expert is whole on its device, so this runs where nothing but the experts is split.
     """
 
     def __init__(self, name: str, shape: tuple[int, int, int], repeats: int, dtype: jnp.dtype):
+        super().__init__()
         self.name = name
+        self.inputs = 1
         self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", "experts", None, None))
-        self.lora_a: LoRA | None = nnx.data(None)
-        self.lora_b: LoRA | None = nnx.data(None)
-        self.lora_scale = 0.0
-        self.lora_dropout = 0.0
 
     def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y_tO = _ragged(x_tI, self.w[...], sizes_E)
+        y_tO = _ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
         if self.lora_a is None:
             return y_tO
-        if key is not None and self.lora_dropout > 0:
-            x_tI = _dropout(x_tI, jax.random.fold_in(key, zlib.crc32(self.name.encode())), self.lora_dropout)
-        h_tR = checkpoint_name(_ragged(x_tI, self.lora_a[...].astype(x_tI.dtype), sizes_E), "lora_h")
-        delta_tO = _ragged(h_tR, self.lora_b[...].astype(x_tI.dtype), sizes_E)
-        return y_tO + delta_tO * jnp.asarray(self.lora_scale, x_tI.dtype)
+        y_tO += self._low_rank(self._dropped(x_tI, key), self.lora_a[...], self.lora_b[...], sizes_E)
+        if self.lora_a0 is not None:
+            start = jax.lax.stop_gradient((self.lora_a0[...], self.lora_b0[...]))
+            y_tO -= self._low_rank(x_tI, *start, sizes_E)
+        return y_tO
+
+    def _low_rank(self, x_tI: jax.Array, a_ERI: jax.Array, b_EOR: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        h_tR = checkpoint_name(_ragged(x_tI, a_ERI.astype(x_tI.dtype), sizes_E), "lora_h")
+        return _ragged(h_tR, self._scaled(b_EOR).astype(x_tI.dtype), sizes_E)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

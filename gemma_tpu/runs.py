@@ -10,7 +10,8 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.schema import Config
 
 # May change between a run and its continuation: what is logged and how often it is saved.
-FREE = ("log.", "checkpoint.", "run_dir", "mesh.", "model.path", "recipe")
+FREE = ("log.", "checkpoint.", "eval.", "faults.", "profile.", "distributed.", "run_dir", "mesh.", "model.path",
+        "recipe", "data.cache", "data.workers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,22 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.path / "held_out.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def warnings(self) -> Path:
+        return self.path / "warnings.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def picture(self) -> Path:

@@ -1,15 +1,14 @@
-"""Text from a model: prompts in rows of one padded shape, one compiled program for prefill and decode together.
+"""Token ids in, token ids out: a batch whose rows take up the next sample as soon as their own has ended.
 
-Prompts are padded on the right to a multiple of BUCKET and rows to a fixed batch, so that a whole evaluation
-compiles once for each bucket. Padding has segment 0: nothing sees it, and the first new tokens overwrite it.
-
-Letters: B rows, P prompt slots, S cache slots, D hidden, V vocabulary.
+Prompts are computed side by side on packed sheets, each once, however many samples of it are asked for. A sample's
+random numbers come from the seed, its prompt and its number among the samples of that prompt: what else is in the
+batch, and in which row it stands, changes nothing.
 """
 
-import math
+import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,35 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gemma_tpu import decoding, loading
+from gemma_tpu.decoding import STOPS, Call, Plan, Programs, Sheet, Starts
+from gemma_tpu.drawing import Settings
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 
-BUCKET = 64
+__all__ = ["Completion", "Sampler", "Settings", "Stats", "generate"]
 
+ROWS = 16
+STORED = 16  # prompts that may wait for rows
+SHEET = 1024  # tokens of prompts that are computed together, if there are so many
+STEPS = 32  # tokens of a row between two looks of the host
+WATCHED = 8  # … where text is shown as it comes, or looked through for a stop string
 
-@dataclass(frozen=True)
-class Settings:
-    """How to draw: temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        wrong = [
-            text
-            for bad, text in (
-                (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1"),
-                (not 0 <= self.temperature < math.inf, f"temperature is {self.temperature}: it must be at least 0"),
-                (self.top_k < 0, f"top_k is {self.top_k}: it must be at least 0 (0: all tokens)"),
-                (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be above 0 and at most 1"),
-            )
-            if bad
-        ]
-        if wrong:
-            raise UserError("; ".join(wrong))
+Until = Callable[[list[int]], int | None]
 
 
 @dataclass(frozen=True)
@@ -57,104 +42,237 @@ class Completion:
     logprobs: list[float]
 
 
+@dataclass
+class Stats:
+    """What it took. `programs` counts compilations of this shape since the process began."""
+
+    prompts: int = 0  # different ones, each computed once
+    sheets: int = 0
+    sheet_tokens: int = 0  # with padding
+    calls: int = 0
+    steps: int = 0
+    row_steps: int = 0  # steps times rows
+    tokens: int = 0  # of completions
+    programs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def busy(self) -> float:
+        """The share of what the rows computed that is somebody's token."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
+
+
+@dataclass
+class _Sample:
+    number: int  # in the caller's list
+    key: np.ndarray
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Prompt:
+    tokens: tuple[int, ...]
+    samples: deque[_Sample] = field(default_factory=deque)
+
+
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], settings: Settings, *,
-    rows: int = 16, progress: Callable[[int, int], None] | None = None,
+    rows: int = ROWS, progress: Callable[[int, int], None] | None = None, **more: Any,
 ) -> list[Completion]:  # fmt: skip
-    """Complete every prompt, `rows` at a time, longest first so that rows of one bucket meet."""
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if longest + settings.max_new_tokens > model.arch.context:
-        raise UserError(
-            f"the longest prompt has {longest} tokens; with {settings.max_new_tokens} new ones that is more than the "
-            f"model's context of {model.arch.context}"
-        )
-    if any(not prompt for prompt in prompts):
+    """Complete every prompt; equal prompts are samples of one. `more` is what `Sampler.run` takes besides."""
+    return Sampler(model, rows=rows).run(prompts, stop_ids, settings, progress=progress, **more)
+
+
+class Sampler:
+    """A model ready to be asked, on the mesh that it was loaded onto."""
+
+    def __init__(self, model: Decoder, *, rows: int = ROWS):
+        self.arch, self.dtype, self.stats = model.arch, jnp.dtype(model.dtype), Stats()
+        self._graph, state = nnx.split(model)
+        self._leaves, self._tree = jax.tree.flatten(state)
+        self.mesh = getattr(model.embed.w[...].sharding, "mesh", None) or loading.one_device_mesh()
+        share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.rows = -(-rows // share) * share  # every device the same number of rows
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], settings: Settings, *,
+        numbers: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+        progress: Callable[[int, int], None] | None = None, on_tokens: Callable[[int, list[int]], None] | None = None,
+        on_done: Callable[[int, Completion], None] | None = None, until: Until | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """Completions in the order of the prompts.
+
+        `numbers` says which sample of its prompt each is, where not all are asked for at once; `limits` how many
+        tokens each may have, where that differs. `on_tokens(i, tokens so far)` and `on_done(i, completion)` are
+        called as they come; `until(tokens so far)` says how many to keep once a completion should end there.
+        """
+        _check(self.arch.context, prompts, settings, limits)
+        self.stats = Stats()
+        if not len(prompts):
+            return []
+        waiting = _group(prompts, settings, numbers, limits)
+        watched = on_tokens is not None or until is not None
+        with jax.set_mesh(self.mesh):
+            batch = _Batch(self, waiting, stop_ids, settings, WATCHED if watched else STEPS)
+            done: dict[int, Completion] = {}
+            while len(done) < len(prompts):
+                touched = batch.turn()
+                for sample, reason in touched:
+                    if on_tokens is not None:
+                        on_tokens(sample.number, sample.tokens)
+                    kept = until(sample.tokens) if until is not None else None
+                    if kept is not None:
+                        del sample.tokens[kept:], sample.logprobs[kept:]
+                        batch.stop(sample)
+                        reason = "stop"
+                    if reason is not None:
+                        done[sample.number] = found = Completion(sample.tokens, reason, sample.logprobs)
+                        self.stats.tokens += len(found.tokens)
+                        if on_done is not None:
+                            on_done(sample.number, found)
+                if progress is not None and any(reason for _, reason in touched):
+                    progress(len(done), len(prompts))
+            self.stats.programs = batch.programs.compiled()
+        return [done[number] for number in range(len(prompts))]
+
+
+def _check(context: int, prompts: Sequence[Sequence[int]], settings: Settings, limits: Sequence[int] | None) -> None:
+    if any(not len(prompt) for prompt in prompts):
         raise UserError("an empty prompt cannot be continued; it needs at least the BOS token")
-    graph, state = nnx.split(model)
-    stop_ids_N, key = np.asarray(stop_ids, np.int32), jax.random.key(settings.seed)
-    program = replace(settings, seed=0)  # what is compiled does not depend on the seed
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done: dict[int, Completion] = {}
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        slots = -(-len(prompts[chosen[0]]) // BUCKET) * BUCKET
-        tokens_BP, lengths_B = np.zeros((rows, slots), np.int32), np.zeros(rows, np.int32)
-        for row, index in enumerate(chosen):
-            tokens_BP[row, : len(prompts[index])] = prompts[index]
-            lengths_B[row] = len(prompts[index])
-        number_B = np.array(chosen + [0] * (rows - len(chosen)), np.int32)  # a prompt's draws do not depend on its row
-        new_BN, logprobs_BN, counts_B, stopped_B = _generate(
-            graph, state, tokens_BP, lengths_B, number_B, stop_ids_N, key, program
-        )
-        for row, index in enumerate(chosen):
-            end = int(counts_B[row])
-            done[index] = Completion(
-                np.asarray(new_BN[row, :end]).tolist(), "stop" if stopped_B[row] else "length",
-                np.asarray(logprobs_BN[row, :end]).tolist(),
-            )  # fmt: skip
-        if progress is not None:
-            progress(len(done), len(prompts))
-    return [done[index] for index in range(len(prompts))]
-
-
-@partial(jax.jit, static_argnames=("graph", "settings"))
-def _generate(graph, state, tokens_BP, lengths_B, number_B, stop_ids_N, key, settings: Settings):
-    model: Decoder = nnx.merge(graph, state)
-    rows, slots = tokens_BP.shape
+    longest = max(map(len, prompts), default=0)
     new = settings.max_new_tokens
-    keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(number_B)
-
-    index_BP = jnp.broadcast_to(jnp.arange(slots), (rows, slots))
-    segments_BP = (index_BP < lengths_B[:, None]).astype(jnp.int32)
-    x_BPD, cache = model.with_cache(tokens_BP, segments_BP, index_BP, model.empty_cache(rows, slots + new))
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    logits_BV = model.logits(jnp.take_along_axis(x_BPD, last_B[:, None, None], axis=1))[:, 0]
-
-    def draw(logits_BV, step):
-        tokens_B = jax.vmap(lambda key, logits_V: _draw(key, logits_V, step, settings))(keys_B, logits_BV)
-        logprobs_BV = jax.nn.log_softmax(logits_BV)
-        return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
-
-    def unfinished(loop: dict[str, Any]):
-        return (loop["step"] < new) & ~jnp.all(loop["stopped"])
-
-    def one(loop: dict[str, Any]) -> dict[str, Any]:
-        step, stopped_B = loop["step"], loop["stopped"]
-        tokens_B, logprobs_B = draw(loop["logits"], step)
-        stops_B = stopped_B | jnp.isin(tokens_B, stop_ids_N)
-        x_B1D, cache = model.with_cache(
-            tokens_B[:, None], jnp.ones((rows, 1), jnp.int32), (lengths_B + step)[:, None], loop["cache"]
+    if limits is not None and not all(1 <= limit <= new for limit in limits):
+        raise UserError(f"limits must be from 1 to max_new_tokens ({new})")
+    if longest + new > context:
+        raise UserError(
+            f"the longest prompt has {longest} tokens; with {new} new ones that is more than the model's context of "
+            f"{context}"
         )
-        return {
-            "step": step + 1,
-            "cache": cache,
-            "logits": model.logits(x_B1D)[:, 0],
-            "tokens": loop["tokens"].at[:, step].set(tokens_B),
-            "logprobs": loop["logprobs"].at[:, step].set(logprobs_B),
-            "counts": loop["counts"] + (~stops_B).astype(jnp.int32),
-            "stopped": stops_B,
-        }
-
-    empty = lengths_B == 0  # rows that fill up the batch are finished before they start
-    loop = jax.lax.while_loop(unfinished, one, {
-        "step": jnp.zeros((), jnp.int32), "cache": cache, "logits": logits_BV,
-        "tokens": jnp.zeros((rows, new), jnp.int32), "logprobs": jnp.zeros((rows, new), jnp.float32),
-        "counts": jnp.zeros(rows, jnp.int32), "stopped": empty,
-    })  # fmt: skip
-    return loop["tokens"], loop["logprobs"], loop["counts"], loop["stopped"]
 
 
-def _draw(key, logits_V, step, settings: Settings):
-    if settings.temperature == 0:
-        return jnp.argmax(logits_V).astype(jnp.int32)
-    scaled_V = logits_V / settings.temperature
-    if settings.top_k:
-        kth = jax.lax.top_k(scaled_V, min(settings.top_k, scaled_V.shape[0]))[0][-1]
-        scaled_V = jnp.where(scaled_V < kth, -jnp.inf, scaled_V)
-    if settings.top_p < 1:
-        sorted_V = jnp.sort(scaled_V, descending=True)
-        before_V = jnp.cumsum(jax.nn.softmax(sorted_V)) - jax.nn.softmax(sorted_V)
-        # The smallest set that reaches top_p: a token stays if those above it do not reach it yet.
-        threshold = jnp.min(jnp.where(before_V < settings.top_p, sorted_V, jnp.inf))
-        scaled_V = jnp.where(scaled_V < threshold, -jnp.inf, scaled_V)
-    return jax.random.categorical(jax.random.fold_in(key, step), scaled_V).astype(jnp.int32)
+def _group(prompts, settings: Settings, numbers, limits) -> deque[_Prompt]:
+    """Different prompts in their first order, each with its samples."""
+    groups: dict[tuple[int, ...], _Prompt] = {}
+    for number, prompt in enumerate(prompts):
+        tokens = tuple(int(token) for token in prompt)
+        group = groups.setdefault(tokens, _Prompt(tokens))
+        mine = len(group.samples) if numbers is None else numbers[number]
+        of_prompt = zlib.crc32(np.asarray(tokens, np.int64).tobytes())
+        key = np.random.SeedSequence([settings.seed, of_prompt, mine]).generate_state(2, np.uint32)
+        limit = settings.max_new_tokens if limits is None else int(limits[number])
+        group.samples.append(_Sample(number, key, limit))
+    return deque(groups.values())
+
+
+def _bucket(tokens: int) -> int:
+    """The next of 64, 72, 80 … 128, 144, 160 … 256, 288 …: at most an eighth of what it holds is padding."""
+    step = max(8, 1 << tokens.bit_length() >> 4)
+    return max(64, -(-tokens // step) * step)
+
+
+class _Batch:
+    """The rows, the store, and who is in them."""
+
+    def __init__(self, sampler: Sampler, waiting: deque[_Prompt], stop_ids, settings: Settings, steps: int):
+        self._waiting, self._settings, self._stats = waiting, settings, sampler.stats
+        self._leaves, self._steps = sampler._leaves, steps
+        longest = max(len(prompt.tokens) for prompt in waiting)
+        whole = sum(len(prompt.tokens) for prompt in waiting)
+        self._plan = Plan(
+            arch=sampler.arch, dtype=sampler.dtype, rows=sampler.rows,
+            capacity=min(_bucket(longest + settings.max_new_tokens), sampler.arch.context),
+            stored=min(sampler.rows, STORED), prompt=_bucket(longest),
+            sheet=max(_bucket(longest), min(_bucket(whole), SHEET)), steps=STEPS, rules=settings.rules,
+            mesh=sampler.mesh,
+        )  # fmt: skip
+        self.programs: Programs = decoding.programs(sampler._graph, sampler._tree, self._plan)
+        self._store, self._state = self.programs.start()
+        self._stored: list[_Prompt | None] = [None] * self._plan.stored
+        self._rows: list[_Sample | None] = [None] * self._plan.rows
+        self._stopped: set[int] = set()
+        missing = -len(stop_ids) % STOPS or (STOPS if not len(stop_ids) else 0)
+        self._stop_ids = np.array([*stop_ids, *[-1] * missing], np.int32)
+        self._numbers = settings.numbers
+
+    def stop(self, sample: _Sample) -> None:
+        """It has ended for a reason that the program does not know."""
+        for row, mine in enumerate(self._rows):
+            if mine is sample:
+                self._rows[row] = None
+                self._stopped.add(row)
+
+    def turn(self) -> list[tuple[_Sample, str | None]]:
+        """One call of `decode`: every sample that has new tokens or has ended, and why it ended."""
+        free = [row for row, sample in enumerate(self._rows) if sample is None]
+        ready = sum(len(prompt.samples) for prompt in self._stored if prompt)
+        while self._waiting and ready < len(free) and None in self._stored:
+            ready += self._prefill()
+        starts = self._begin(free)
+        more = bool(self._waiting) or any(self._stored)
+        idle = more and None in self._rows
+        call = Call(
+            starts, np.array([row not in self._stopped for row in range(self._plan.rows)]), self._stop_ids,
+            self._numbers, np.int32(1 if idle else self._steps),
+            np.int32(max(1, self._plan.rows // 8) if more else self._plan.rows + 1),
+        )  # fmt: skip
+        self._stopped.clear()
+        self._state, report = self.programs.decode(self._leaves, self._state, self._store, call)
+        self._stats.calls += 1
+        return self._read(report)
+
+    def _prefill(self) -> int:
+        """One sheet: as many of the waiting prompts as it and the store have room for."""
+        plan, number, at = self._plan, 0, 0
+        tokens_1T, segments_1T = np.zeros((2, 1, plan.sheet), np.int32)
+        start_E, length_E = np.zeros((2, plan.stored), np.int32)
+        row_E = np.full(plan.stored, plan.stored, np.int32)
+        free = [row for row, prompt in enumerate(self._stored) if prompt is None]
+        ready = 0
+        while self._waiting and number < len(free) and at + len(self._waiting[0].tokens) <= plan.sheet:
+            prompt = self._waiting.popleft()
+            length = len(prompt.tokens)
+            tokens_1T[0, at : at + length], segments_1T[0, at : at + length] = prompt.tokens, number + 1
+            start_E[number], length_E[number], row_E[number] = at, length, free[number]
+            self._stored[free[number]] = prompt
+            number, at, ready = number + 1, at + length, ready + len(prompt.samples)
+        sheet = Sheet(tokens_1T, segments_1T, start_E, length_E, row_E)
+        self._store = self.programs.prefill(self._leaves, self._store, sheet)
+        self._stats.prompts += number
+        self._stats.sheets += 1
+        self._stats.sheet_tokens += plan.sheet
+        return ready
+
+    def _begin(self, free: list[int]) -> Starts:
+        """Stored prompts' samples for the rows that are free."""
+        rows = self._plan.rows
+        row_B, stored_B, limit_B = np.zeros((3, rows), np.int32)
+        key_B2, count = np.zeros((rows, 2), np.uint32), 0
+        for stored, prompt in enumerate(self._stored):
+            while prompt and prompt.samples and count < len(free):
+                sample = prompt.samples.popleft()
+                self._rows[free[count]] = sample
+                row_B[count], stored_B[count], limit_B[count] = free[count], stored, sample.limit
+                key_B2[count] = sample.key
+                count += 1
+            if prompt and not prompt.samples:
+                self._stored[stored] = None  # its place may be taken once this call has copied it
+        return Starts(np.int32(count), row_B, stored_B, key_B2, limit_B)
+
+    def _read(self, report: decoding.Report) -> list[tuple[_Sample, str | None]]:
+        report = jax.device_get(report)
+        self._stats.steps += int(report.steps)
+        self._stats.row_steps += int(report.steps) * self._plan.rows
+        touched: list[tuple[_Sample, str | None]] = []
+        for row, sample in enumerate(self._rows):
+            if sample is None:
+                continue
+            count = int(report.emitted_B[row])
+            sample.tokens += report.tokens_CB[:count, row].tolist()
+            sample.logprobs += report.logprobs_CB[:count, row].tolist()
+            reason = None
+            if not report.active_B[row]:
+                reason = "stop" if report.stopped_B[row] else "length"
+                self._rows[row] = None
+            touched.append((sample, reason))
+        return touched

@@ -286,3 +286,8 @@ def _works(box: str) -> bool:
     except (OSError, subprocess.SubprocessError):  # not even startable: no box
         return False
     return result.returncode == 0 and result.stdout == b"fine, too"
+
+
+def cores() -> int:
+    """How many processor cores are ours: what a scheduler or a container leaves us, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

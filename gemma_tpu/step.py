@@ -6,7 +6,7 @@ What trains is a plain {path: array} dict: the optimizer, the checkpoint and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Parts:
     names: tuple[str, ...]
     structure: Any  # of the nnx.State that holds what trains, leaves in the order of `names`
     frozen: nnx.State
+    objective: "Objective"
 
     def merge(self, trained: Trained, frozen: nnx.State) -> Decoder:
         state = jax.tree.unflatten(self.structure, [trained[name] for name in self.names])
@@ -43,7 +44,24 @@ def take_apart(model: Decoder) -> tuple[Parts, Trained]:
     leaves, structure = jax.tree.flatten(state)
     if len(leaves) != len(flat) or any(a is not b for a, b in zip(leaves, flat.values(), strict=True)):
         raise AssertionError("the flat state lists its leaves in another order than the tree does")
-    return Parts(graph, tuple(flat), structure, frozen), flat
+    return Parts(graph, tuple(flat), structure, frozen, model.objective or CrossEntropy()), flat
+
+
+class Objective(Protocol):
+    """What training makes small: a sum over a micro-batch [B, T], and what all micro-batches' sum is divided by."""
+
+    def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array: ...
+    def weight(self, batch: Batch) -> jax.Array: ...
+
+
+class CrossEntropy:
+    """Of every target token."""
+
+    def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array:
+        return summed_loss(model, batch, key, remat)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return jnp.sum(batch["weights"])
 
 
 def summed_loss(model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array:
@@ -63,7 +81,7 @@ def mean_loss_and_grads(
 
     Divided by the total weight, not averaged over micro-batches: one with few targets must not count like a full one.
     """
-    total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    total = jnp.maximum(parts.objective.weight(batch), 1.0)
 
     def one(carry, piece):
         loss, grads = carry
@@ -71,7 +89,7 @@ def mean_loss_and_grads(
         micro_key = None if key is None else jax.random.fold_in(key, number)
 
         def objective(trained: Trained) -> jax.Array:
-            return summed_loss(parts.merge(trained, frozen), micro, micro_key, remat) / total
+            return parts.objective(parts.merge(trained, frozen), micro, micro_key, remat) / total
 
         micro_loss, micro_grads = jax.value_and_grad(objective)(trained)
         return (loss + micro_loss, jax.tree.map(jnp.add, grads, micro_grads)), None
@@ -80,6 +98,19 @@ def mean_loss_and_grads(
     count = batch["tokens"].shape[0]
     (loss, grads), _ = jax.lax.scan(one, (jnp.zeros((), jnp.float32), zeros), (jnp.arange(count), batch))
     return loss, grads
+
+
+def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
+    """`new`, or `old` where the update's loss or gradient is no number.
+
+    Counters go on in either case, so the learning rate stays that of the step and not of the updates applied.
+    """
+
+    def choose(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
+        counts = jnp.issubdtype(new_leaf.dtype, jnp.integer) and new_leaf.ndim == 0
+        return new_leaf if counts else jnp.where(sound, new_leaf, old_leaf)
+
+    return jax.tree.map(choose, new, old)
 
 
 def make_train_step(
@@ -92,12 +123,17 @@ def make_train_step(
         # The key comes from the step number, so a resumed run draws what the unbroken one would have drawn.
         key = jax.random.fold_in(jax.random.key(seed), state["step"]) if dropout else None
         loss, grads = mean_loss_and_grads(parts, state["trained"], frozen, batch, key, remat)
+        norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["trained"])
         trained = optax.apply_updates(state["trained"], updates)
+        # Chosen on the device, in the same program: the host learns of it a step later and nothing compiles again.
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+        trained, opt = keep_if_unsound(sound, (trained, opt), (state["trained"], state["opt"]))
         metrics = {
             "loss": loss,
             "lr": jnp.asarray(rate(state["step"]), jnp.float32),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
+            "skipped": 1 - sound.astype(jnp.int32),
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "target_tokens": jnp.sum(batch["weights"] > 0),
         }
@@ -111,7 +147,7 @@ def make_eval_step(parts: Parts) -> Callable[[Trained, nnx.State, Batch], tuple[
 
     def eval_step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = parts.merge(trained, frozen)
-        losses = jax.lax.map(lambda micro: summed_loss(model, micro, None, "none"), batch)
-        return jnp.sum(losses), jnp.sum(batch["weights"])
+        losses = jax.lax.map(lambda micro: parts.objective(model, micro, None, "none"), batch)
+        return jnp.sum(losses), parts.objective.weight(batch)
 
     return eval_step

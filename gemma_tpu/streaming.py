@@ -23,6 +23,7 @@ from gemma_tpu.variants import Architecture
 from gemma_tpu.weights import Entry, by_path, check
 
 Bounds = tuple[tuple[int, int], ...]  # [low, high) of every dim of a variable
+Encoder = Callable[[jax.Array], dict[str, jax.Array]]  # a piece, along its first dim, into parts along theirs
 Route = tuple[NamedSharding, ...]  # read as the first, then moved from each to the next; the last is what is wanted
 
 # Devices whose memory is the host's: what was read becomes the array as it stands, and pieces would be a copy more.
@@ -54,13 +55,18 @@ class Plan:
 def load(
     checkpoint: Checkpoint, arch: Architecture, variables: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, NamedSharding], progress: Callable[[int, int], None] = lambda done, total: None,
+    encoders: Mapping[str, Encoder] | None = None,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The variables on their devices; called by every host alike. `progress` gets the bytes read here so far, of all.
+
+    A variable with an encoder is read in the given shape and type, and held as what the encoder makes of each piece:
+    its parts, by names beside the variable's own.
 
     Beyond the parameters, a host holds two pieces at most, each no larger than the largest tensor or one repeat.
     """
     check(checkpoint, arch)
-    plans = _plans(checkpoint, by_path(arch), variables, shardings)
+    encoders = encoders or {}
+    plans = _plans(checkpoint, by_path(arch), variables, shardings, encoders)
     total, done = sum(plan.bytes_here for plan in plans.values()), 0
 
     def tell(count: int) -> None:
@@ -76,13 +82,41 @@ def load(
                 piece = _read(checkpoint, pool, plan, start, tell)
                 jax.block_until_ready(before)  # one piece may be on its way to the devices while the next is read
                 before = piece
-                loaded[path] = _joined(plan, loaded.get(path), piece, start)
+                if path not in encoders:
+                    loaded[path] = _joined(plan, loaded.get(path), piece, start)
+                    continue
+                parts = _encoded(path, plan, encoders[path], shardings, piece)
+                loaded |= {name: _put_in(plan, loaded.get(name), part, start) for name, part in parts.items()}
     return loaded
+
+
+def _encoded(
+    path: str, plan: Plan, encoder: Encoder, shardings: Mapping[str, NamedSharding], piece: jax.Array
+) -> dict[str, jax.Array]:
+    """The parts of one piece, by their paths, each as it lies."""
+    stem = path.removesuffix(".w")
+    named = {name: f"{stem}.{name}" for name in jax.eval_shape(encoder, piece)}
+    places = tuple((name, shardings[there]) for name, there in named.items())
+    return {named[name]: part for name, part in _encoder(encoder, plan.route, places)(piece).items()}
+
+
+@functools.lru_cache
+def _encoder(encoder: Encoder, route: Route, places: tuple[tuple[str, NamedSharding], ...]) -> Encoder:
+    return jax.jit(lambda piece: encoder(_along(piece, route)), out_shardings=dict(places))
+
+
+def _put_in(plan: Plan, whole: jax.Array | None, part: jax.Array, start: int) -> jax.Array:
+    if plan.step == plan.shape[0]:
+        return part
+    if whole is None:
+        shape = (plan.shape[0], *part.shape[1:])
+        whole = jax.jit(lambda: jnp.zeros(shape, part.dtype), out_shardings=part.sharding)()
+    return _inserter((part.sharding,))(whole, part, np.int32(start))
 
 
 def _plans(
     checkpoint: Checkpoint, table: Mapping[str, list[Entry]], variables: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, NamedSharding], encoders: Mapping[str, Encoder],
 ) -> dict[str, Plan]:  # fmt: skip
     sizes = {path: math.prod(table[path][0].shape) * variable.dtype.itemsize for path, variable in variables.items()}
     largest = max(sizes.values(), default=0)
@@ -93,7 +127,7 @@ def _plans(
         route = _route(entry, shape, shardings[path], stored)
         platforms = {device.platform for device in route[0].device_set}
         step = shape[0]
-        if entry.index and not (len(route) == 1 and platforms <= TAKES_OVER):
+        if entry.index and not (len(route) == 1 and platforms <= TAKES_OVER and path not in encoders):
             repeat = sum(map(_elements, _places(route[0], (1, *shape[1:])))) * variable.dtype.itemsize
             # All pieces of one size, so that what puts them together is compiled once.
             step = max(n for n in range(1, step + 1) if step % n == 0 and (n == 1 or n * repeat <= largest))

@@ -1,8 +1,7 @@
 """The checkpoint's tokenizer and chat template: text to ids, conversations to prompts and training rows.
 
-Nothing of a chat template is re-implemented here. Which part of a rendered conversation is the model's is
-found by rendering: once in full, once up to each answer with the generation prompt, once with a marker in the
-answer's place. That works for any template that renders turns one after the other, and refuses the others.
+Nothing of a chat template is re-implemented: which part of a rendered conversation is the model's is found from its
+own renderings (template.py), and a rendering in which that is not certain is refused.
 
 Text is encoded piece by piece, prompt and answer apart, because that is how serving sees it: the prompt is
 encoded alone and the model continues with new tokens. Encoded in one go, the last token of the prompt and the
@@ -10,28 +9,33 @@ first of the answer could merge into one that serving never produces.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_tpu import template
 from gemma_tpu.errors import UserError
 from gemma_tpu.sources import local_folder
+from gemma_tpu.template import ASSISTANT, REASONING, Messages, Outline, Slot, Words, common_prefix, place, short
 
-Messages = list[dict[str, Any]]
 TrainOn = Literal["assistant", "last_assistant", "all"]
+Tools = Sequence[dict[str, Any]] | None  # declarations, as OpenAI's API takes them
 
-ASSISTANT = ("assistant", "model")  # the templates of Gemma accept both names
-UNTRAINED = ("tool_calls", "tool_responses", "reasoning", "reasoning_content")  # some templates drop these
 END_OF_TURN = ("<turn|>", "<end_of_turn>")  # Gemma 4, Gemma 3: where no generation_config.json says it
+RESPONSE = ("<|tool_response>", "<tool_response|>")  # Gemma 4, where no tokenizer_config.json names them
+SHAPES = 4096  # outlines kept; datasets have few shapes, trajectories nearly one each
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """One assistant turn in the full render: text[start:end] is its content and end-of-turn token."""
+class Rendered:
+    """One training row, and how it was rendered."""
 
-    start: int
-    end: int
-    inserted: str  # what the generation prompt has just before the answer and the full render lacks
+    ids: list[int]
+    mask: list[bool]  # is the token a target of the loss?
+    thinking: bool
+    lost: int  # messages whose reasoning the template leaves out
 
 
 class Tokenizer:
@@ -49,121 +53,101 @@ class Tokenizer:
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.pad_id: int = self._pad_id()
         self.stop_ids: tuple[int, ...] = self._stop_ids()
+        self.said: Counter[str] = Counter()  # what rows lost on the way, for the report on the data
+        self._words = self._special_words()
+        self._outlines: dict[str, Outline] = {}
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`. Special tokens written in it count as such; none is added but a BOS asked for."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        # A batch of one: half again as fast as `encode`, which also says where each token stands in the text.
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._bos_once(ids) if bos else ids
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, messages: Messages, *, tools: Tools = None, thinking: bool = False) -> list[int]:
         """What a server feeds the model for its next answer: one BOS, the turns, the generation prompt."""
         _check_messages(messages)
-        return self._bos_once(self.encode(self._render(messages, add_generation_prompt=True)))
+        return self._bos_once(self.encode(self._render(template.normal(messages), tools, thinking, True)))
 
-    def training(self, messages: Messages, train_on: TrainOn = "assistant") -> tuple[list[int], list[bool]]:
-        """One training row: its ids, and for each whether it is a target of the loss.
+    def training(
+        self, messages: Messages, train_on: TrainOn = "assistant", *, tools: Tools = None, thinking: bool | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """One training row: its ids, and for each whether it is a target of the loss. See `row`."""
+        found = self.row(messages, train_on, tools=tools, thinking=thinking)
+        if found.lost:
+            self.said["messages whose reasoning the chat template leaves out"] += found.lost
+        return found.ids, found.mask
 
-        Targets are the answers' contents and end-of-turn tokens, of every assistant turn or of the last one.
-        With "all" every token is a target but BOS and what only the generation prompt has.
+    def row(
+        self, messages: Messages, train_on: TrainOn = "assistant", *, tools: Tools = None, thinking: bool | None = None
+    ) -> Rendered:
+        """One training row.
+
+        Targets are what the model says in every assistant message, or in the last one: its reasoning and tool calls
+        as the template renders them, its content, and the token that ends its turn. What tools respond is no target.
+        With "all" every token is a target but BOS and what only the generation prompt has. A message with
+        `"weight": 0` has no target.
+
         The ids before the first target are those of `prompt(messages before it)`. Where the generation prompt
         has text that a finished conversation lacks (Gemma 4's empty thought channel), it is inserted before
-        each answer that is a target. A row without an assistant turn has no target, except with "all".
+        each answer that is a target. `thinking` None: on where the template then renders reasoning of this row.
+        A row without an assistant turn has no target, except with "all".
         """
         if train_on not in ("assistant", "last_assistant", "all"):
             raise UserError(f"train_on is {train_on!r}: it must be assistant, last_assistant or all")
         _check_messages(messages)
-        text = self._render(messages)
-        indices = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
-        chosen = indices[-1:] if train_on == "last_assistant" else indices
+        silent = {i for i in range(len(messages)) if not _weight(messages, i)}
+        answers = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
+        chosen = set(answers[-1:] if train_on == "last_assistant" else answers) - silent
+        messages = template.normal(messages)
+        hollow, slots, mark = template.hollow(messages)
+        outline, thinking = self._outline(hollow, slots, mark, tools, thinking)
+        if wrong := [outline.wrong[i] for i in sorted(chosen & outline.wrong.keys())]:
+            raise UserError("; ".join(wrong))
+        texts = template.fill(outline, slots, self._render(messages, tools, thinking), messages)
 
         ids: list[int] = []
         mask: list[bool] = []
-        position = 0
-        for answer in [self._locate(messages, i, text) for i in chosen]:
-            if answer.start < position:
-                raise UserError("the chat template does not render the answers one after the other")
-            between = text[position : answer.start]
-            between_ids, between_mask = self._between(between, answer.inserted, train_on)
-            answer_ids = self.encode(text[answer.start : answer.end])
-            ids += between_ids + answer_ids
-            mask += between_mask + [True] * len(answer_ids)
-            position = answer.end
-        rest_ids, rest_mask = self._between(text[position:], "", train_on)
-        ids, mask = ids + rest_ids, mask + rest_mask
-
+        for text, inserted, target in _runs(outline, slots, texts, chosen, silent if train_on == "all" else None):
+            run_ids = self.encode(text + inserted)
+            # What is inserted is never a target, and may share its first token with the text before it.
+            targets = common_prefix(run_ids, self.encode(text)) if inserted and target else len(run_ids) * target
+            ids += run_ids
+            mask += [True] * targets + [False] * (len(run_ids) - targets)
         if self.bos_id is not None:
             mask = [False] * (len(self._bos_once(ids)) - len(ids)) + mask
             ids = self._bos_once(ids)
             mask[0] = False
-        return ids, mask
+        return Rendered(ids, mask, thinking, outline.lost)
 
-    def _between(self, text: str, inserted: str, train_on: TrainOn) -> tuple[list[int], list[bool]]:
-        """The ids between two answers. Only "all" trains them, and never the inserted part."""
-        ids = self.encode(text + inserted)
-        if train_on != "all":
-            return ids, [False] * len(ids)
-        shared = _common_prefix(ids, self.encode(text))
-        return ids, [i < shared for i in range(len(ids))]
+    def _outline(
+        self, hollow: Messages, slots: list[Slot], mark: str, tools: Tools, thinking: bool | None
+    ) -> tuple[Outline, bool]:
+        """The outline of a conversation, and whether thinking is on in it."""
+        if thinking is None:
+            thinks = any(slot.key == "reasoning" for slot in slots)
+            if not thinks or not self._renders_reasoning(hollow, slots, mark, tools):
+                return self._outline(hollow, slots, mark, tools, False)
+            return self._outline(hollow, slots, mark, tools, True)
+        shape = json.dumps([hollow, tools, thinking, [not slot.value.strip() for slot in slots]], default=str)
+        found = self._outlines.get(shape)
+        if found is None:
+            if len(self._outlines) >= SHAPES:
+                self._outlines.clear()
 
-    def _locate(self, messages: Messages, index: int, text: str) -> _Answer:
-        """Where messages[index] stands in `text`, the full render; a UserError if that is not certain."""
-        where = f"assistant turn {index + 1} of {len(messages)}"
-        content = messages[index].get("content")
-        if not isinstance(content, str):
-            raise UserError(f"{where}: its content is {type(content).__name__}, it must be a string")
-        lost = [key for key in UNTRAINED if messages[index].get(key)]
-        if lost:
-            raise UserError(f"{where}: training on {', '.join(lost)} is not supported; keep role and content")
-        if index == 0:
-            raise UserError(f"{where}: nothing comes before it that it could answer; add a user turn")
-        before, after = self._around(messages, index, where)
-        prompt = self._render(messages[:index], add_generation_prompt=True)
-        if not prompt.startswith(before):
-            raise UserError(
-                f"{where}: the chat template writes {before[_common_prefix(before, prompt) :]!r} before the "
-                "answer, which the generation prompt lacks: the model would learn to answer a prompt that "
-                "serving never sends; use a template whose generation prompt ends where the answer begins"
-            )
-        end_of_turn = self._end_of_turn(after, where)
-        for candidate in (content, content.strip()):
-            if text.startswith(before + candidate + end_of_turn):
-                end = len(before) + len(candidate) + len(end_of_turn)
-                return _Answer(start=len(before), end=end, inserted=prompt[len(before) :])
-        shown = text[len(before) :] if text.startswith(before) else text
-        raise UserError(
-            f"{where}: its content {_short(content)} followed by {end_of_turn!r} is not what the chat "
-            f"template renders, which is {_short(shown)}: the template rewrites it or joins it with the next "
-            "turn; change the data to what the template leaves alone"
-        )
+            def render(part: Messages, prompt: bool) -> str:
+                return self._render(part, tools, thinking, prompt)
 
-    def _around(self, messages: Messages, index: int, where: str) -> tuple[str, str]:
-        """The text that the template writes before and after the content of messages[index]."""
-        marker = "[[answer]]"
-        while any(marker in str(message) for message in messages):
-            marker = f"[{marker}]"
-        probe = self._render([*messages[:index], messages[index] | {"content": marker}])
-        before, found, after = probe.partition(marker)
-        if not found or marker in after:
-            raise UserError(f"{where}: the chat template does not render its content exactly once")
-        return before, after
+            found = self._outlines[shape] = template.outline(hollow, slots, mark, render, self._words)
+        return found, thinking
 
-    def _end_of_turn(self, after: str, where: str) -> str:
-        """The text of the stop token with which the template closes an answer."""
-        first = self.encode(after)[:1]
-        token = self._backend.id_to_token(first[0]) if first else ""
-        if not first or first[0] not in self.stop_ids or not after.startswith(token):
-            stops = ", ".join(f"{self._backend.id_to_token(i)} ({i})" for i in self.stop_ids)
-            raise UserError(
-                f"{where}: the chat template closes it with {_short(after)}, which does not begin with a "
-                f"stop token ({stops or 'none known'}): the model would never learn to stop; put the id of "
-                f"the end-of-turn token into eos_token_id of {self.folder / 'generation_config.json'}"
-            )
-        return token
+    def _renders_reasoning(self, hollow: Messages, slots: list[Slot], mark: str, tools: Tools) -> bool:
+        text = self._render(hollow, tools, True)
+        return any(slot.key == "reasoning" and f"{mark}{n}]]" in text for n, slot in enumerate(slots))
 
-    def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: Messages, tools: Tools, thinking: bool, add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
         if self._tokenizer.chat_template is None:
@@ -171,10 +155,12 @@ class Tokenizer:
                 f"{self.folder}: no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); copy the one of the instruction-tuned checkpoint there"
             )
+        options = {"enable_thinking": True} if thinking else {}  # off is what a server does that is told nothing
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+                messages, tools=list(tools) if tools else None, tokenize=False,
+                add_generation_prompt=add_generation_prompt, **options,
+            )  # fmt: skip
         except (TemplateError, TypeError, KeyError, AttributeError) as error:  # a template can raise all four
             raise UserError(f"{self.folder}: the chat template refuses the conversation: {error}") from error
 
@@ -201,6 +187,15 @@ class Tokenizer:
         turns = [self._backend.token_to_id(text) for text in (named, *END_OF_TURN) if isinstance(text, str)]
         return tuple(dict.fromkeys(i for i in (self.eos_id, *turns) if i is not None))
 
+    def _special_words(self) -> Words:
+        """What renderings are cut at: the special tokens, and of those what encloses a tool's response."""
+        added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()
+                 if token.special or number in self.stop_ids}  # fmt: skip
+        config = _read_json(self.folder / "tokenizer_config.json")
+        named = (config.get("str_token"), config.get("etr_token"))
+        response = next((pair for pair in (named, RESPONSE) if all(text in added for text in pair)), None)
+        return Words(added, self.stop_ids, response)
+
 
 def _load(folder: Path):
     if not (folder / "tokenizer.json").is_file():
@@ -225,23 +220,49 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_messages(messages: Messages) -> None:
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"messages is {_short(str(messages))}: it must be a list of at least one message")
+        raise UserError(f"messages is {short(str(messages))}: it must be a list of at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(
-                f"message {i + 1} of {len(messages)} is {_short(str(message))}: it must be an object with a "
+                f"message {i + 1} of {len(messages)} is {short(str(message))}: it must be an object with a "
                 "role (system, user, assistant) and a content"
+            )
+        content = message.get("content")
+        speaks = any(message.get(key) for key in ("tool_calls", "tool_responses", *REASONING))
+        if message["role"] in ASSISTANT and not isinstance(content, str) and not (content is None and speaks):
+            raise UserError(
+                f"{place(messages, i)}: its content is {type(content).__name__}, it must be a string"
             )
 
 
-def _common_prefix(a, b) -> int:
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+def _weight(messages: Messages, i: int) -> bool:
+    weight = messages[i].get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{place(messages, i)}: its weight is {weight!r}: it must be 0 (not trained) or 1")
+    return weight != 0
 
 
-def _short(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")
+def _runs(
+    outline: Outline, slots: list[Slot], texts: list[str], chosen: set[int], silent: set[int] | None
+) -> list[tuple[str, str, bool]]:
+    """(text, what is inserted behind it, is the text a target) for stretches of a row, cut where a chosen answer begins
+    and ends. `silent`: the messages that are no target where all the others are."""
+    before = {n: text for i, (n, text) in outline.inserted.items() if i in chosen and text}
+    runs: list[tuple[str, str, bool]] = []
+    last = None
+    for n, (atom, text) in enumerate(zip(outline.atoms, texts, strict=True)):
+        answer = atom.owner in chosen
+        speaker = slots[atom.slot].message if atom.owner is None and atom.slot is not None else atom.owner
+        target = answer if silent is None else speaker not in silent
+        if n in before:
+            if last is None or last[0]:  # nothing stands between two answers
+                runs.append(("", "", False))
+            so_far, _, was = runs[-1]
+            runs[-1] = (so_far, before[n], was)
+            last = None
+        if last == (answer, target):
+            runs[-1] = (runs[-1][0] + text, "", target)
+        else:
+            runs.append((text, "", target))
+            last = (answer, target)
+    return runs

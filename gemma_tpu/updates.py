@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.lowrank import to_length
+from gemma_tpu.quantise import round_trip
 from gemma_tpu.shards import Checkpoint, TensorInfo
 
 FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
@@ -27,13 +29,15 @@ BLOCK_ELEMENTS = 1 << 20  # 8 MiB in float64: a worker's block stays near its ca
 class LowRank:
     """W + scale * b @ a, with b [O, R] and a [R, I]; for a stack of experts b [E, O, R] and a [E, R, I].
 
-    With a magnitude [O] (DoRA), each row of that sum is then brought to its magnitude's length.
+    With a magnitude [O] (DoRA), each row of that sum is then brought to its magnitude's length. `quantised`, a kind and
+    a block: W is taken as a run saw it that held it so.
     """
 
     b: np.ndarray
     a: np.ndarray
     scale: float
     magnitude: np.ndarray | None = None
+    quantised: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def digest(edits: Mapping[str, Edit]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(edits):
         for part in (edits[name],) if isinstance(edits[name], Replace) else edits[name]:
-            found.update(repr((name, type(part).__name__, getattr(part, "scale", None))).encode())
+            rest = [getattr(part, key, None) for key in ("scale", "quantised")]
+            found.update(repr((name, type(part).__name__, *rest)).encode())
             for array in vars(part).values():
                 if isinstance(array, np.ndarray):
                     found.update(repr((array.shape, array.dtype.name)).encode())
@@ -120,6 +125,8 @@ def _misfits(info: TensorInfo, edit: Edit) -> Iterator[str]:
             yield f"its magnitude {list(part.magnitude.shape)} must be one number a row of {shape}"
         if part.magnitude is not None and len(edit) > 1:
             yield "an update with a magnitude must be the only one of its tensor"
+        if part.quantised is not None and len(edit) > 1:
+            yield "an update of a quantised base must be the only one of its tensor"
 
 
 def _is_finite(part: LowRank) -> bool:
@@ -167,12 +174,12 @@ class Tensor:
                 largest = float(np.abs(new.astype(wide) - old.astype(wide)).max(initial=0.0))
             return self._rounded(old, new, largest)
         sum_OI = self._delta(index)
-        dora = self.edit[0].magnitude is not None
-        largest = 0.0 if dora else float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
+        largest = float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
         # bfloat16 widens to float32 without loss, and numpy adds in place only what it knows itself.
         wide_old = old.astype(np.float32) if old.dtype.itemsize < 4 else old
-        sum_OI += wide_old
-        if dora:
+        part = self.edit[0]
+        sum_OI += seen(wide_old, part)
+        if part.magnitude is not None or part.quantised is not None:
             sum_OI = self._to_magnitude(sum_OI, index)
             largest = float(np.abs(sum_OI - wide_old).max(initial=0.0))
         return self._rounded(old, sum_OI, largest)
@@ -184,8 +191,7 @@ class Tensor:
         old = self.base.read_slice(self.info.name, index).astype(np.float64)
         if self.edit is None:
             return old
-        exact = old + self._delta(index)
-        return exact if self.edit[0].magnitude is None else self._to_magnitude(exact, index)
+        return self._to_magnitude(seen(old, self.edit[0]) + self._delta(index), index)
 
     def _delta(self, index: Index) -> np.ndarray:
         a_RI = self._a_RI
@@ -196,9 +202,9 @@ class Tensor:
         return b_OR @ a_RI
 
     def _to_magnitude(self, sum_OI: np.ndarray, index: Index) -> np.ndarray:
-        magnitude_O1 = self.edit[0].magnitude[index].astype(np.float64)[..., None]
+        magnitude = self.edit[0].magnitude
         with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros has no direction: refused as NaN
-            return sum_OI * (magnitude_O1 / np.linalg.norm(sum_OI, axis=-1, keepdims=True))
+            return to_length(sum_OI, None if magnitude is None else magnitude[index].astype(np.float64))
 
     def _rounded(self, old: np.ndarray, exact: np.ndarray, largest: float) -> tuple[str, np.ndarray, TensorChange]:
         """Rounds once to the tensor's dtype and counts what moved."""
@@ -210,6 +216,11 @@ class Tensor:
         bits = f"u{old.dtype.itemsize}"  # numpy compares a foreign type like bfloat16 one by one
         moved = old.view(bits) != new.view(bits) if old.dtype in FLOATS else old != new
         return self.info.name, new, TensorChange(self.info.size, int(np.count_nonzero(moved)), largest)
+
+
+def seen(w_OI: np.ndarray, part: LowRank) -> np.ndarray:
+    """The base's rows as the update's run computed with them."""
+    return w_OI if part.quantised is None else round_trip(w_OI, *part.quantised)
 
 
 def _all_finite(array: np.ndarray) -> bool:

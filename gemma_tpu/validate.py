@@ -12,12 +12,13 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from gemma_tpu import assets, loading, lora, mesh, peft_folder, weights
+from gemma_tpu import assets, loading, lora, mesh, start, weights
 from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
+from gemma_tpu.pairs import PairRows
 from gemma_tpu.projection import Base
-from gemma_tpu.rows import Reader, paths_of
+from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config, DataConfig
 from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.tokenizer import Tokenizer
@@ -62,15 +63,18 @@ def validate(config: Config) -> Findings:
     if model is not None:
         found.attempt(lambda: _inject(found, config, model))
         _check_split(found, config, model)
-    _check_rows(found, config.data, tokenizer, "data.path")
-    if config.data.validation is not None:
-        _check_rows(found, replace(config.data, path=config.data.validation), tokenizer, "data.validation")
+    check = _check_rows if config.preference.loss is None else _check_pairs
+    check(found, config.data, tokenizer, "data.path")
+    if config.data.validation is not None and not isinstance(config.data.validation, float):
+        check(found, replace(config.data, path=config.data.validation), tokenizer, "data.validation")
     return found
 
 
 def _model(found: Findings, config: Config) -> Decoder:
     """The model as shapes, once the headers of its checkpoint promise every tensor."""
-    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    model, checkpoint = loading.build(
+        config.model.path, dtype=config.model.dtype, quantise=config.model.quantise
+    )
     weights.check(checkpoint, model.arch)
     found.checked.append(
         f"checkpoint: {config.model.path}, {len(model.arch.layers)} layers, {len(checkpoint.names())} "
@@ -104,13 +108,10 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         model.trains = Base
         found.checked.append("train.method: full, every weight of the text tower")
         return
-    section = config.lora
-    chosen = lora.inject(model, targets=section.targets, exclude=section.exclude, rank=section.rank,
-                         alpha=section.alpha, dropout=section.dropout)  # fmt: skip
+    chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
-    if section.init_from is not None:
-        adapter = peft_folder.read(section.init_from, open_checkpoint(config.model.path), model.arch)
-        _, notes = peft_folder.onto(adapter, model.arch, lora.initial(model, 0), lora.scales(model))
+    if config.lora.init_from is not None:
+        _, notes = start.taken_up(model, config.lora, 0, open_checkpoint(config.model.path))
         found.checked.append(f"lora.init_from: {'; '.join(notes)}")
 
 
@@ -127,19 +128,31 @@ def _check_split(found: Findings, config: Config, model: Decoder) -> None:
         found.checked.append(f"shardings: every tensor fits the mesh, {len(fixes)} kept whole")
 
 
+def _check_pairs(found: Findings, section: DataConfig, tokenizer: Tokenizer | None, key: str) -> None:
+    """The first pairs; without a tokenizer they are not looked at, which is said above."""
+    if tokenizer is not None:
+        section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS))
+        told = found.attempt(lambda: PairRows(section, tokenizer).report(), key)
+        if told is not None:
+            found.checked.append(f"{key}: of the first lines, {told}")
+
+
 def _check_rows(found: Findings, section: DataConfig, tokenizer: Tokenizer | None, key: str) -> None:
     """The first rows, rendered as training will render them; without a tokenizer only read."""
-    section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS))
+    # Without the rules on the whole: a share of few rows may be none of them.
+    section = replace(section, limit=min(section.limit or FIRST_ROWS, FIRST_ROWS), validation=None,
+                      weights=None, cache=None)  # fmt: skip
 
     def check() -> str:
         if tokenizer is not None:
             rows = prepare(section, tokenizer)
-            dropped = f", {rows.dropped.total()} dropped" if rows.dropped.total() else ""
+            why = [f"{reason} {n:,} ({rows.dropped.where(reason)})" for reason, n in rows.dropped.counts.items()]
+            dropped = f", left out: {'; '.join(why)}" if why else ""
             return f"{key}: {rows.rows} first rows render{dropped}, {rows.target_tokens:,} target tokens"
-        reader = Reader(paths_of(section.path), section.format, section.transform, section.limit)
+        reader = Reader(section)
         count = sum(1 for _ in reader)
-        reader.raise_refused()
-        return f"{key}: {count} first rows read"
+        refused = reader.account.refused.total()
+        return f"{key}: {count} first rows read" + (f", {refused} cannot be used" if refused else "")
 
     told = found.attempt(check, key)
     if told is not None:

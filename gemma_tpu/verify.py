@@ -15,6 +15,7 @@ from gemma_tpu import adapters, clients, difference, loading, merging, sampler, 
 from gemma_tpu.adapters import Trained
 from gemma_tpu.errors import UserError
 from gemma_tpu.layerwise import Side
+from gemma_tpu.merging import Onto
 from gemma_tpu.metrics import say
 from gemma_tpu.runs import RunFolder
 from gemma_tpu.shards import Checkpoint, open_checkpoint
@@ -45,9 +46,10 @@ class Report:
 
 
 def verify(
-    run_dir: str | Path, *, merged: str | Path | None = None, base: str | Path | None = None, step: int | None = None
-) -> dict[str, Any]:
-    """`base` is only needed where the folder that the run was trained on has moved."""
+    run_dir: str | Path, *, merged: str | Path | None = None, base: str | Path | None = None, step: int | None = None,
+    onto: Onto = "original",
+) -> dict[str, Any]:  # fmt: skip
+    """`base` is only needed where the folder that the run was trained on has moved; `onto`: what `merge` was told."""
     trained = adapters.read(run_dir, step)
     checkpoint = merging.open_base(trained, base)
     folder = RunFolder(Path(run_dir)).merged if merged is None else Path(merged)
@@ -55,11 +57,12 @@ def verify(
         raise UserError(f"{folder} does not exist; run `gemma-tpu merge {run_dir}` first")
     target = open_checkpoint(folder)
     report = Report({"merged": str(folder), "step": trained.step, "clients": {}})
-    edits = _compare_tensors(report, trained, checkpoint, target)
+    edits = _compare_tensors(report, trained, checkpoint, target, onto)
     if not report.failures:  # logits of a folder with missing or reshaped tensors mean nothing
         probe = _probe(checkpoint.where)
-        together, alone = _compare_logits(report, trained, checkpoint, target, edits, probe)
-        _compare_clients(report, trained, checkpoint, target, together, alone, probe)
+        beside = Side(checkpoint, trained, quantised=trained.quantised if onto == "dequantised" else None)
+        together, alone = _compare_logits(report, beside, target, edits, probe)
+        _compare_clients(report, beside, target, together, alone, probe)
         _sample(report, checkpoint, target)
     report.figures |= {"ok": not report.failures, "failures": report.failures}
     say(_table(report))
@@ -67,11 +70,11 @@ def verify(
 
 
 def _compare_tensors(
-    report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint
+    report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint, onto: Onto
 ) -> dict[str, updates.Edit]:
     """Key sets, byte identity, and each changed tensor against round(float64(W) + scale * B A)."""
     found = difference.compare(base, merged)
-    edits = updates.check(base, merging.updates_of(trained, loading.architecture(base)))
+    edits = updates.check(base, merging.updates_of(trained, loading.architecture(base), onto))
     for what in ("missing", "extra", "reshaped"):
         names = found[what]
         report.check(not names, f"{len(names)} tensors {what} in the merged folder: {', '.join(names[:5])}")
@@ -107,17 +110,16 @@ Probe = tuple[np.ndarray, np.ndarray]  # tokens and segments, [B, T]
 
 
 def _compare_logits(
-    report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint, edits: dict[str, updates.Edit],
-    probe: Probe,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    report: Report, beside: Side, merged: Checkpoint, edits: dict[str, updates.Edit], probe: Probe
+) -> tuple[np.ndarray, np.ndarray]:
     """Merged against base + adapter, in float32 arithmetic, all three sides a layer at a time; gives the logits of two.
 
     The only thing that may set them apart is the rounding of merged weights to the dtype of the file. How much that is
     the third side tells: the same weights rounded otherwise, up or down by chance.
     """
     tokens_BT, segments_BT = probe
-    seen = segments_BT > 0
-    sides = [Side(base, trained), Side(merged), Side(base, change=_rounded_otherwise(base, edits))]
+    seen, base = segments_BT > 0, beside.checkpoint
+    sides = [beside, Side(merged), Side(base, change=_rounded_otherwise(base, edits))]
     deepest, where, apart = 0.0, "", 0.0
     for number, xs in enumerate(zip(*(side.layers(tokens_BT, segments_BT) for side in sides), strict=True)):
         one, other = (np.asarray(x)[seen] for x in xs[:2])
@@ -163,14 +165,16 @@ def _rounded_otherwise(base: Checkpoint, edits: dict[str, updates.Edit]):
 
 
 def _compare_clients(
-    report: Report, trained: Trained, base: Checkpoint, merged: Checkpoint, together: np.ndarray, alone: np.ndarray,
-    probe: Probe,
-) -> None:  # fmt: skip
+    report: Report, beside: Side, merged: Checkpoint, together: np.ndarray, alone: np.ndarray, probe: Probe
+) -> None:
+    trained, base = beside.trained, beside.checkpoint
     asked = {"transformers": (merged, alone, lambda: clients.transformers_logits(Path(merged.where), *probe))}
     if trained.is_lora:
         asked["peft"] = (base, together, lambda: clients.peft_logits(trained, base, *probe))
     for name, (checkpoint, ours, compute) in asked.items():
         why = clients.unavailable(checkpoint, peft=name == "peft")
+        if name == "peft" and beside.quantised:
+            why = "not compared: PEFT would compute with the original weights"
         if why is not None:
             report.figures["clients"][name] = why
             continue

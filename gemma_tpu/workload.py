@@ -7,9 +7,11 @@ import numpy as np
 
 from gemma_tpu.corpus import prepare
 from gemma_tpu.data import make_loader
+from gemma_tpu.datafiles import is_here
 from gemma_tpu.errors import UserError
 from gemma_tpu.packing import best_fit
-from gemma_tpu.rows import Reader, paths_of
+from gemma_tpu.pairs import PairRows
+from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config
 from gemma_tpu.tokenizer import Tokenizer
 
@@ -33,17 +35,24 @@ class Workload:
 
 def workload(config: Config) -> Workload:
     """Counted from the rows, else estimated from their text, else from what is known of the dataset."""
-    try:
-        here = all(path.is_file() for path in paths_of(config.data.path))
-    except UserError:
-        here = False
-    if not here:
+    if not is_here(config.data.path):
         return _without_rows(config)
     try:
         tokenizer = Tokenizer(config.model.path)
     except UserError:
-        return _from_text(config)
-    return _counted(config, tokenizer)
+        return _without_rows(config) if config.preference.loss else _from_text(config)
+    return _counted_pairs(config, tokenizer) if config.preference.loss else _counted(config, tokenizer)
+
+
+def _counted_pairs(config: Config, tokenizer: Tokenizer) -> Workload:
+    train, data = config.train, config.data
+    rows = PairRows(data, tokenizer)
+    loader = make_loader(
+        rows, max_seq_len=data.max_seq_len, packing=data.packing, batch_size=train.batch_size,
+        accumulation=train.accumulation, seed=train.seed, epochs=train.epochs, steps=train.steps,
+    )  # fmt: skip
+    steps, padding = loader.total_steps, loader.padding_share
+    return Workload(steps, _tokens(config, steps, padding), padding, f"{rows.report()}, tokenised here", counted=True)
 
 
 def _counted(config: Config, tokenizer: Tokenizer) -> Workload:
@@ -55,19 +64,19 @@ def _counted(config: Config, tokenizer: Tokenizer) -> Workload:
     )  # fmt: skip
     steps, padding = loader.total_steps, loader.padding_share
     told = f"{len(rows):,} of {rows.rows:,} rows, {rows.tokens:,} tokens an epoch, tokenised here"
-    return Workload(steps, _tokens(config, steps, padding), padding, told, counted=True)
+    if data.packing == "bucket":
+        told += f"; time is reckoned as if every update had rows of {data.max_seq_len:,}"
+    return Workload(steps, round(steps * loader.positions_per_step * (1 - padding)), padding, told, counted=True)
 
 
 def _from_text(config: Config) -> Workload:
     """No tokenizer here: the rows' characters stand for their tokens."""
     data = config.data
-    reader = Reader(paths_of(data.path), data.format, data.transform, data.limit)
     lengths = np.array([
-        math.ceil(sum(len(turn["content"]) for turn in row.messages) / CHARACTERS_PER_TOKEN)
+        math.ceil(row.characters / CHARACTERS_PER_TOKEN)
         + TURN_TOKENS * len(row.messages)
-        for row in reader
+        for row in Reader(data)
     ], dtype=np.int64)  # fmt: skip
-    reader.raise_refused()
     kept = lengths[lengths <= data.max_seq_len] if data.overlong != "truncate" else lengths.clip(max=data.max_seq_len)
     if not len(kept):
         raise UserError(f"no row of data.path is short enough for data.max_seq_len {data.max_seq_len}")

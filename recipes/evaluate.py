@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import evaluate, runs, sandbox, verilog
+from gemma_tpu import evaluate, runs, verilog
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
@@ -27,8 +27,7 @@ def main(run_dir: str | Path) -> dict[str, Any]:
     # Greedy completions of the bundled problems, each compiled and simulated against its testbench. Generated
     # code runs in a sandbox or not at all.
     try:
-        verilog.require_iverilog()
-        sandbox.require()
+        verilog.require()
     except UserError as missing:
         say(f"pass@1 was not measured: {missing}")
         return results

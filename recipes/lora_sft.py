@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import gemma_tpu
-from gemma_tpu import loading, lora, mesh, peft_folder, program, runs
+from gemma_tpu import loading, lora, mesh, program, runs, start
 from gemma_tpu.data import make_loader, prepare
 from gemma_tpu.metrics import say
 from gemma_tpu.schema import Config
@@ -20,7 +20,9 @@ def main(config: Config) -> dict[str, Any]:
     run = runs.open_run(config)
 
     # The base as shapes: config.json and the headers are read, no weight yet.
-    model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
+    model, checkpoint = loading.build(
+        config.model.path, dtype=config.model.dtype, quantise=config.model.quantise
+    )
 
     # The mesh, with every head count held against tp before anything is allocated.
     rows = config.train.batch_size // config.train.accumulation
@@ -46,7 +48,7 @@ def main(config: Config) -> dict[str, Any]:
     # What trains: adapters beside a frozen base, or the base itself.
     chosen = program.adapt(model, config)
     if chosen:
-        say(lora.table(chosen, config.lora.rank))
+        say(lora.table(chosen))
         for line in lora.absent(model):
             say(line)
 
@@ -56,13 +58,8 @@ def main(config: Config) -> dict[str, Any]:
         say(line)
     loading.load_base(model, checkpoint, shardings)
     if chosen:
-        start = lora.initial(model, config.train.seed)
-        if config.lora.init_from is not None:
-            adapter = peft_folder.read(config.lora.init_from, checkpoint, model.arch)
-            start, notes = peft_folder.onto(adapter, model.arch, start, lora.scales(model))
-            for line in notes:
-                say(line)
-        loading.assign(model, loading.put(start, shardings))
+        for line in start.begin(model, config.lora, config.train.seed, shardings, checkpoint):
+            say(line)
 
     trainer = Trainer(
         config, run, device_mesh, model, shardings, loader, held_out,

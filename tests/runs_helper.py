@@ -29,6 +29,7 @@ DIMS = dict(
 )  # fmt: skip
 STEPS, EVERY = 8, 3  # saves at 3, 6 and 8
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "target_tokens", "tokens_per_s"}
+MEASURED = {"tokens_per_s", "step_s", "data_wait", "mfu", "memory_gib", "host_gib", "usd"}
 
 Arrays = dict[str, np.ndarray]
 
@@ -135,8 +136,8 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def comparable(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the clock."""
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows(run_dir)]
+    """metrics.jsonl without what the clock and the machine say."""
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(run_dir)]
 
 
 def saved(run_dir: Path, step: int, part: str = "trained") -> Arrays:

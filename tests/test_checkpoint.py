@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, on any mesh; what is broken is said; a full disk costs no good one."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,12 @@ def state(fsdp: int, tp: int, seed: int | None = None) -> tuple[dict, dict]:
     return trained, {"mu": {"a": array()}, "count": jax.device_put(np.int32(0 if seed is None else 7))}
 
 
+def without_checksum(record: dict) -> dict:
+    """What was handed over; the checksum is the checkpoint's own."""
+    assert record["checksum"].keys() == {"trained", "opt"}
+    return {key: value for key, value in record.items() if key != "checksum"}
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2), (4, 1)])
 def test_a_checkpoint_comes_back_byte_for_byte_on_another_mesh(mesh, tmp_path):
     trained, opt = state(1, 4, seed=0)
@@ -50,7 +57,7 @@ def test_a_checkpoint_comes_back_byte_for_byte_on_another_mesh(mesh, tmp_path):
     for want, got, wanted_on in zip(*map(jax.tree.leaves, trees), strict=True):
         assert np.asarray(want).tobytes() == np.asarray(got).tobytes() and want.dtype == got.dtype
         assert got.sharding.is_equivalent_to(wanted_on.sharding, got.ndim)
-    assert found["record"] == RECORD
+    assert without_checksum(found["record"]) == RECORD
 
 
 def test_the_record_comes_back_as_it_was_and_names_the_shapes(tmp_path):
@@ -59,7 +66,7 @@ def test_the_record_comes_back_as_it_was_and_names_the_shapes(tmp_path):
     record = RECORD | {"shapes": shapes_of(trained)}
     writer.save(1, trained, opt, record)
     writer.wait()
-    assert writer.record(1) == record
+    assert without_checksum(writer.record(1)) == record
     assert record["shapes"] == {"a": [[4, 8], "float32"], "b.c": [[4, 8], "bfloat16"]}
     alone = writer.restore_trained(1)
     assert {path: np.asarray(value).tobytes() for path, value in alone.items()} == {
@@ -244,7 +251,9 @@ def test_a_full_disk_costs_no_good_checkpoint_and_the_run_goes_on_when_there_is_
     assert finished.stdout.split()[:3] == ["exit", "1", "3"], finished.stdout + finished.stderr
     assert finished.stdout.split()[-2:] == ["exit", "0"], finished.stdout + finished.stderr
     full, resumed = finished.stderr.split("-----")
-    assert "error: saving the checkpoint of step 6" in full and "No space left on device" in full
+    # The journal is on the same disk: which of the two finds it full first is a matter of bytes.
+    assert re.search("error: (saving the checkpoint of step [678] |writing in )", full), full
+    assert "No space left on device" in full
     assert "the last good checkpoint is step 3; free some space" in full
     assert "Traceback" not in full and "ERROR" not in full, "one message"
     assert "resumed at step 3 of 8" in resumed

@@ -68,7 +68,8 @@ assert not {"jax", "flax", "orbax", "transformers"} & set(sys.modules), "heavy i
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "validate", "tiny", "merge", "verify", "sample", "eval tiny", "eval loss"]
+    "command", ["train", "validate", "tiny", "merge", "verify", "sample", "eval tiny", "eval verilog", "eval loss",
+                "eval prompts", "compare"],
 )
 def test_each_command_has_help_with_an_example(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -225,8 +226,11 @@ def test_validate_refuses_an_architecture_that_this_version_does_not_know(run, m
 def test_validate_names_the_row_that_cannot_be_read(run, model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
-    code, _, err = run("validate", "tiny_cpu.yaml", f"model.path={model}", f"data.path={rows}")
-    assert code == 2 and f"{rows}:2" in err
+    given = ("validate", "tiny_cpu.yaml", f"model.path={model}", f"data.path={rows}")
+    code, out, err = run(*given)
+    assert code == 0 and "left out: not_JSON 1 (rows.jsonl:2)" in out + err
+    code, _, err = run(*given, "data.strict=true")
+    assert code == 2 and "rows.jsonl:2: column 2" in err
 
 
 # --- what the user points at ---
@@ -248,15 +252,14 @@ def test_a_run_without_a_checkpoint_cannot_be_merged(run, tmp_path):
 
 @pytest.mark.parametrize("command", [["sample", "--prompt", "hi"], ["eval", "tiny"]])
 def test_a_wrong_target_is_said(run, tmp_path, command):
-    for target, words in (("http://localhost:8000", "folders only"), (tmp_path / "nix", "no such folder"),
-                          (tmp_path, "neither a run folder")):  # fmt: skip
+    for target, words in ((tmp_path / "nix", "no such folder"), (tmp_path, "neither a run folder")):
         code, _, err = run(*command, target)
         assert code == 2 and words in err
 
 
 def test_sample_refuses_what_it_could_only_ignore(run, model, tmp_path):
     for argv, words in (
-        ([], "nothing to continue"),
+        (["--json"], "nothing to continue"),
         (["--prompt", "a", "--n", "2"], "would all be the same"),
         (["--prompt", "a", "--raw", "--system", "b"], "takes no system text"),
         (["--prompt-file", tmp_path / "nix"], "cannot be read"),

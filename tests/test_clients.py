@@ -115,7 +115,7 @@ def test_what_peft_itself_saves_comes_back_as_it_is(case, tmp_path):
     assert near(helpers.logits(helpers.load(tmp_path / "merged"), tokens), wanted)
     fresh = helpers.load(folder, rank=8)
     adapter = peft_folder.read(tmp_path / "theirs", open_checkpoint(folder), fresh.arch)
-    values, _ = peft_folder.onto(adapter, fresh.arch, lora.initial(fresh, 0), lora.scales(fresh))
+    values, _ = peft_folder.onto(adapter, fresh.arch, lora.initial(fresh, 0), lora.layout(fresh))
     from gemma_tpu import loading
 
     shardings, _ = loading.place(fresh, helpers.mesh_of(), True)

@@ -1,9 +1,13 @@
 """Data: every line is used, counted or refused; every batch is a pure function of rows, seed and step."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 
 from gemma_tpu.data import Loader, Prepared, make_loader, prepare
 from gemma_tpu.errors import UserError
-from gemma_tpu.rows import codev_answer
+from gemma_tpu.transforms import codev_answer
 
 BOS, PAD, TURN = 1, 0, 2
 
@@ -51,6 +55,11 @@ class Section:
     limit: int | None = None
     validation: str | None = None
     transform: str | None = None
+    weights: list[float] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    strict: bool = False
+    cache: str | None = None
+    workers: int | None = 1
 
 
 def write(path: Path, rows: list) -> str:
@@ -162,16 +171,20 @@ def test_missing_files_are_all_named(tmp_path: Path) -> None:
 
 def test_malformed_lines_are_all_named_by_line_in_one_error_that_is_capped(tmp_path: Path) -> None:
     rows = [pair("a", "b"), '{"messages": [', b'{"prompt": "\xff"}', "[1]", {"prompt": "a", "response": "b"}]
-    rows += [{"messages": [{"role": "tool", "content": "x"}]}] * 30
+    rows += [{"messages": [{"role": "owner", "content": "x"}]}] * 30
     rows += [{"text": "x"}, {"messages": [{"role": "user", "content": {"image": 1}}]}]
     path = write(tmp_path / "bad.jsonl", rows)
-    message = refusal(Section(path, format="messages"))
+    prepared = prepare(Section(path, format="messages"), Words())
+    assert len(prepared) == 1 and prepared.rows == 37
+    assert dict(prepared.dropped.counts) == {"not_JSON": 2, "not_UTF-8": 1, "wrong_format": 3, "wrong_role": 30}
+    assert re.search(r"wrong_role +30 \(bad.jsonl:6, bad.jsonl:7", prepared.report())
+    message = refusal(Section(path, format="messages", strict=True))
     assert "36 of 37 rows cannot be used" in message
-    assert re.search(r"not JSON \(2\):\n  \S+bad.jsonl:2: column 15", message)
-    assert "bad.jsonl:4: the line is a JSON list, not an object" in message
-    assert re.search(r"not UTF-8 \(1\):\n  \S+bad.jsonl:3: byte 12 of the line is 0xff", message)
+    assert re.search(r"not JSON \(2\):\n  bad.jsonl:2: column 15", message)
+    assert "bad.jsonl:4: it is a JSON list, not an object" in message
+    assert re.search(r"not UTF-8 \(1\):\n  bad.jsonl:3: byte 12 of the line is 0xff", message)
     assert "wrong role (30):" in message and "… and 25 more" in message
-    assert "bad.jsonl:6: message 0 has role 'tool', not one of system, user, assistant" in message
+    assert "bad.jsonl:6: message 0 has role 'owner', not one of system, user, assistant" in message
     assert "bad.jsonl:36: 'messages' is missing" in message
     assert "bad.jsonl:37: the content of message 0 is not text (dict)" in message
     assert len(message.splitlines()) < 25
@@ -185,10 +198,11 @@ def test_half_a_surrogate_pair_is_named_as_undecodable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, rule",
     [
-        ({"text": "x"}, "needs 'messages', or 'prompt' with a response or completion; has text"),
+        ({"question": "x"}, "needs messages, conversations, prompt with response or completion"),
+        ({"question": "x"}, "Name the columns in data.columns, like {prompt: question, response: answer}"),
         ({"prompt": "x"}, "needs 'prompt' and one of 'response', 'completion'; has prompt"),
         ({"messages": ["x"]}, 'message 0 is not {"role": …, "content": …}'),
-        ('[{"prompt": "a"},', "a file holds one JSON object a line, not one array"),
+        ('[{"prompt": "a"},', "a .jsonl file holds one JSON object a line, an array is a .json file"),
     ],
 )
 def test_a_row_of_another_shape_is_refused_with_the_shape_needed(tmp_path: Path, row, rule: str) -> None:
@@ -205,7 +219,8 @@ def test_a_row_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
     three = {"messages": [{"role": "user", "content": "x"}] * 3}
     path = write(tmp_path / "r.jsonl", [pair("a", "b"), three])
     with pytest.raises(UserError, match=r"r.jsonl:2: roles must alternate"):
-        prepare(Section(path), Strict())
+        prepare(Section(path, strict=True), Strict())
+    assert dict(prepare(Section(path), Strict()).dropped.counts) == {"template": 1}
 
 
 # CodeV-R1
@@ -326,7 +341,7 @@ def test_a_dataset_whose_rows_are_all_too_long_is_refused_with_their_lengths(tmp
 
 def test_a_dataset_emptied_for_several_reasons_is_refused_with_all_of_them(tmp_path: Path) -> None:
     message = refusal(Section(write(tmp_path / "r.jsonl", [pair("a", ""), pair("a", "b " * 100)])))
-    assert "none of the 2 rows is left" in message and "empty: 1" in message and "too_long: 1" in message
+    assert "none of the 2 rows is left" in message and "empty (1)" in message and "too long (1)" in message
 
 
 def test_train_on_last_assistant_targets_only_the_last_turn(tmp_path: Path) -> None:
@@ -339,7 +354,7 @@ def test_train_on_last_assistant_targets_only_the_last_turn(tmp_path: Path) -> N
 # Batches
 
 
-@pytest.mark.parametrize("packing", ["off", "pack"])
+@pytest.mark.parametrize("packing", ["off", "bucket", "pack"])
 def test_an_epoch_serves_every_row_once_and_weighs_every_target(corpus: Prepared, packing: str) -> None:
     loader = loader_of(corpus, packing=packing, keep_partial=True)
     steps = range(loader.steps_per_epoch)
@@ -431,6 +446,165 @@ def test_a_state_of_other_data_or_another_plan_is_refused(corpus: Prepared, tmp_
     iter(loader_of(corpus, epochs=7)).set_state(state)  # a longer run of the same plan goes on
 
 
+# Buckets of length
+
+
+class Rows:
+    """Rows with these lengths, half of each a target: what the loader needs of a corpus."""
+
+    pad_id, fingerprint = PAD, 7
+
+    def __init__(self, lengths: list[int]):
+        rng = np.random.default_rng(0)
+        self.lengths, self.tokens = np.array(lengths), sum(lengths)
+        self.rows = [(rng.integers(10, 900, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths]
+        self.target_tokens = sum(int(mask[1:].sum()) for _, mask in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[row]
+
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.rows[row]]
+
+
+@pytest.fixture(scope="module")
+def lognormal() -> Rows:
+    rng = np.random.default_rng(5)
+    return Rows(np.clip(rng.lognormal(5.3, 0.7, 400).astype(int), 20, 1000).tolist())
+
+
+def bucketed(corpus: Rows, **changes) -> Loader:
+    return loader_of(corpus, **{"max_seq_len": 1024, "packing": "bucket", "batch_size": 8, **changes})
+
+
+def test_a_batch_has_one_length_and_holds_its_rows_whole(lognormal: Rows) -> None:
+    loader = bucketed(lognormal)
+    assert 2 <= len(loader.widths) <= 4 and all(width % 128 == 0 for width in loader.widths)
+    seen = set()
+    for step in range(loader.total_steps):
+        batch, rows = loader[step], loader.rows_of(step)
+        width = batch["tokens"].shape[-1]
+        assert {leaf.shape for leaf in batch.values()} == {(2, 4, width)} and width == loader.width_of(step)
+        flat = batch["segment_ids"].reshape(8, width)
+        assert flat.sum(1).tolist() == lognormal.lengths[rows].tolist()
+        seen.add(width)
+    assert sorted(seen) == loader.widths.tolist() == sorted(loader.first_steps())
+    assert f"{', '.join(f'{w:,}' for w in sorted(seen))} tokens a row, each length compiled once" in loader.notes[-1]
+
+
+def test_buckets_leave_less_padding_than_one_length_and_count_it(lognormal: Rows) -> None:
+    loader, plain = bucketed(lognormal), bucketed(lognormal, packing="off")
+    assert loader.padding_share < plain.padding_share / 2
+    laid_out = sum(loader[step]["tokens"].size for step in range(loader.steps_per_epoch))
+    assert laid_out == loader.positions_per_step * loader.steps_per_epoch
+    assert loader.padding_share == pytest.approx(1 - lognormal.tokens / laid_out, abs=0.01)
+
+
+def test_every_row_of_a_bucketed_epoch_comes_once_and_other_rows_are_left_out_each_time() -> None:
+    corpus = Rows(np.random.default_rng(1).integers(20, 900, 203).tolist())
+    loader = bucketed(corpus)
+    per_epoch = loader.steps_per_epoch
+    epochs = [[row for s in range(per_epoch) for row in loader.rows_of(e * per_epoch + s)] for e in range(3)]
+    assert all(len(set(rows)) == len(rows) == 200 for rows in epochs)
+    left_out = [frozenset(range(203)) - set(rows) for rows in epochs]
+    assert len(set(left_out)) == 3
+    assert [loader.width_of(s) for s in range(per_epoch)] != [loader.width_of(per_epoch + s) for s in range(per_epoch)]
+
+
+def test_a_length_that_fills_no_batch_is_not_compiled() -> None:
+    loader = bucketed(Rows([100] * 40 + [500] * 3 + [1000] * 5), batch_size=8)
+    assert loader.widths.tolist() == [128, 1024]
+    assert bucketed(Rows([100] * 40 + [1000] * 5), batch_size=8).widths.tolist() == [1024]
+    assert bucketed(Rows([100, 900]), batch_size=8).widths.tolist() == [1024]
+
+
+def test_a_bucketed_run_resumes_exactly_and_compiles_what_is_left(lognormal: Rows) -> None:
+    whole = list(bucketed(lognormal))
+    for stop in np.random.default_rng(1).integers(0, len(whole), 5).tolist():
+        batches = iter(bucketed(lognormal))
+        batches.set_state({"next_index": stop, "plan": bucketed(lognormal).plan})
+        assert all(same(a, b) for a, b in zip(batches, whole[stop:], strict=True))
+    last = bucketed(lognormal).first_steps(len(whole) - 1)
+    assert last == {whole[-1]["tokens"].shape[-1]: len(whole) - 1}
+
+
+# Hosts
+
+HOST = """
+import hashlib, json, sys
+import numpy as np
+sys.path.insert(0, "tests")
+from test_data import Rows, loader_of
+process, count, start = map(int, sys.argv[1:4])
+lengths = np.clip(np.random.default_rng(5).lognormal(5.3, 0.7, 200).astype(int), 20, 1000).tolist()
+found = []
+for packing in ("pack", "bucket"):
+    loader = loader_of(Rows(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
+    for step in range(start, loader.total_steps):
+        for name, leaf in sorted(loader[step].items()):
+            mine = np.split(leaf, count, axis=1)[process]  # of every micro-batch, this host's rows
+            found.append([hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in mine.reshape(-1, mine.shape[-1])])
+print(json.dumps(found))
+"""
+
+
+def test_one_two_and_four_hosts_see_the_same_rows_also_after_their_number_changes() -> None:
+    """Real processes; the state that travels between them is the index of the batch alone."""
+
+    def run(count: int, start: int) -> list[list[str]]:
+        hosts = [
+            subprocess.Popen(
+                [sys.executable, "-c", HOST, str(process), str(count), str(start)],
+                cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONHASHSEED": str(process)},
+                stdout=subprocess.PIPE, text=True,
+            )
+            for process in range(count)
+        ]  # fmt: skip
+        seen = [json.loads(host.communicate(timeout=120)[0]) for host in hosts]
+        assert all(host.returncode == 0 for host in hosts)
+        # Host h holds rows h * n … of each micro-batch: put together, they are the global batch.
+        return [sorted(row for part in parts for row in part) for parts in zip(*seen, strict=True)]
+
+    whole = run(1, 0)
+    assert len(whole) > 100 and run(2, 0) == whole
+    leaves, per_packing = 5, [loader.total_steps for loader in _loaders_of_host()]
+    cut = [row for n, steps in enumerate(per_packing) for row in whole[sum(per_packing[:n]) * leaves :][
+        3 * leaves : steps * leaves]]  # fmt: skip
+    assert run(4, 3) == cut
+
+
+def _loaders_of_host() -> list[Loader]:
+    lengths = np.clip(np.random.default_rng(5).lognormal(5.3, 0.7, 200).astype(int), 20, 1000).tolist()
+    return [loader_of(Rows(lengths), packing=packing, batch_size=8, max_seq_len=1024, epochs=2)
+            for packing in ("pack", "bucket")]  # fmt: skip
+
+
+# Ahead of the step
+
+
+def test_batches_are_placed_ahead_of_the_step_and_the_state_counts_those_taken(corpus: Prepared) -> None:
+    placed = []
+
+    def place(batch):
+        placed.append(batch)
+        return {name: leaf.copy() for name, leaf in batch.items()}
+
+    loader = loader_of(corpus)
+    batches = loader.iterate(place)
+    assert same(next(batches), loader[0])
+    deadline = time.monotonic() + 10
+    while len(placed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(placed) >= 3, "the next batches lie on the devices while the first is trained on"
+    assert batches.get_state()["next_index"] == 1
+    batches.set_state(batches.get_state() | {"next_index": 5})
+    assert same(next(batches), loader[5]) and batches.get_state()["next_index"] == 6
+    batches.close()
+
+
 def test_closing_the_iterator_ends_its_thread(corpus: Prepared) -> None:
     batches = iter(loader_of(corpus))
     next(batches)
@@ -446,7 +620,7 @@ def test_closing_the_iterator_ends_its_thread(corpus: Prepared) -> None:
     "changes, rule",
     [
         ({"accumulation": 3}, r"train.accumulation \(3\) must divide train.batch_size \(4\)"),
-        ({"packing": "bucket"}, "data.packing is 'bucket': it must be off or pack"),
+        ({"packing": "sorted"}, "data.packing is 'sorted': it must be off, bucket or pack"),
         ({"steps": 0}, "train.steps is 0"),
         ({"epochs": 0}, "train.epochs is 0"),
         ({"max_seq_len": 16}, r"the longest row has \d+ tokens and data.max_seq_len is 16"),
@@ -458,8 +632,5 @@ def test_impossible_plans_are_refused(corpus: Prepared, changes: dict, rule: str
 
 
 def test_preparing_data_does_not_import_jax() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, gemma_tpu.data; sys.exit(bool({'jax', 'grain'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -224,7 +224,7 @@ def onto(folder, base, rank=8, **config):
     model, _ = loading.build(base, dtype="float32")
     lora.inject(model, rank=rank, alpha=16, **config)
     adapter = peft_folder.read(folder, checkpoint, model.arch)
-    return peft_folder.onto(adapter, model.arch, lora.initial(model, 0), lora.scales(model))
+    return peft_folder.onto(adapter, model.arch, lora.initial(model, 0), lora.layout(model), config.get("dora", False))
 
 
 @pytest.fixture

@@ -224,8 +224,7 @@ TABLE_31B = {
 
 
 def test_31b_at_rank_64_on_everything_has_489717760_parameters_and_the_table_says_where(big):
-    chosen = lora.select(big, "all")
-    lines = lora.table(chosen, 64).splitlines()
+    lines = lora.table(lora.inject(Decoder(big.arch), rank=64, alpha=64)).splitlines()
     rows = {}
     for line in lines[1:-1]:
         name, layers, shape, rank, parameters, dtype = line.split()
@@ -236,8 +235,8 @@ def test_31b_at_rank_64_on_everything_has_489717760_parameters_and_the_table_say
 
 
 def test_31b_without_the_global_k_and_with_one_a_for_k_and_v_is_the_papers_count(big):
-    chosen = lora.select(big, "all", exclude=["k_einsum"])
-    total = int(lora.table(chosen, 64).split()[-1].replace(",", ""))
+    chosen = lora.inject(Decoder(big.arch), exclude=["k_einsum"], rank=64, alpha=64)
+    total = int(lora.table(chosen).split()[-1].replace(",", ""))
     assert total - 50 * 64 * 5376 == 467_763_200
 
 
@@ -250,7 +249,7 @@ def test_injection_adds_what_the_table_says_and_nothing_else(tiny):
     assert set(loading.variables(model)) - before == set(adapters)
     assert {path.rpartition(".")[0] for path in adapters} == {site.path for site in chosen}
     assert not any("k_einsum" in path for path in adapters)
-    assert f"{lora.count(model):,}" == lora.table(chosen, 5).split()[-1]
+    assert f"{lora.count(model):,}" == lora.table(chosen).split()[-1]
     assert {v.dtype for v in adapters.values()} == {jnp.dtype("float32")}
 
 
@@ -274,13 +273,14 @@ def test_injecting_what_a_checkpoint_holds_restores_the_same_places(tiny):
     lora.inject(model, targets="all", exclude=["k_einsum"], rank=4, alpha=8)
     shapes = {path: (tuple(v.shape), "float32") for path, v in loading.variables(model, LoRA).items()}
     again, _ = loading.build(tiny(**SMALL), dtype="float32")
-    lora.inject_like(again, shapes, 2.0)
+    lora.inject_like(again, shapes, {"rank": 4, "alpha": 8})
     assert {p: tuple(v.shape) for p, v in loading.variables(again, LoRA).items()} == {
         path: shape for path, (shape, _) in shapes.items()
     }
     assert again.blocks[0][0].mlp.up_proj.lora_scale == 2.0
     with pytest.raises(UserError) as error:
-        lora.inject_like(again, shapes | {"blocks.9.0.mlp.up_proj.lora_a": ((1, 4, 40), "float32")}, 2.0)
+        stray = {"blocks.9.0.mlp.up_proj.lora_a": ((1, 4, 40), "float32")}
+        lora.inject_like(again, shapes | stray, {"rank": 4, "alpha": 8})
     assert "blocks.9.0.mlp.up_proj.lora_a" in str(error.value)
 
 

@@ -28,7 +28,7 @@ from helpers import (
     write,
 )
 
-from gemma_tpu import loading, step
+from gemma_tpu import kv_cache, loading, step
 from gemma_tpu.hf_config import from_config
 from gemma_tpu.loading import variables
 from gemma_tpu.model import HOST
@@ -174,27 +174,29 @@ def test_the_future_has_no_influence(tiny):
 # --- the cache ---------------------------------------------------------------------------------------------
 
 
-def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(tiny):
-    model = load(tiny(**SMALL))
+@pytest.mark.parametrize("capacity", [32, 40])
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(tiny, capacity):
+    """Row 1 begins nine steps after row 0, so that both rings wrap, each row's elsewhere; the window is 8."""
+    model, late = load(tiny(**SMALL)), 9
     rows = random_rows([30, 21], SMALL["vocab"])
     batch = sheet([[row] for row in rows], 32)
     wanted = logits(model, batch["tokens"], batch["segment_ids"])
     graph, state = nnx.split(model)
 
     @jax.jit
-    def run(state, tokens, segments, index, cache):
-        x, cache = nnx.merge(graph, state).with_cache(tokens, segments, index, cache)
-        return nnx.merge(graph, state).logits(x), cache
+    def run(state, tokens, last, clock, rings):
+        model = nnx.merge(graph, state)
+        x, rings = model.step(tokens, last, clock, rings, capacity)
+        return model.logits(x[:, None])[:, 0], rings
 
-    cache, found = model.empty_cache(2, 32), []
-    for start, stop in [(0, 16), *((t, t + 1) for t in range(16, 32))]:  # a prompt, then one token at a time
-        index = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        part, cache = run(
-            state, batch["tokens"][:, start:stop], batch["segment_ids"][:, start:stop], index, cache
-        )
-        found.append(part)
-    real = batch["segment_ids"] > 0
-    assert largest_difference(np.concatenate(found, axis=1)[real], wanted[real]) <= 1e-5
+    rings, begun = kv_cache.empty(model.arch, 2, capacity, model.dtype), 37
+    for number in range(30):
+        last = np.array([number, number - late])
+        tokens = batch["tokens"][[0, 1], last.clip(0)]
+        found, rings = run(state, tokens, last, begun + number, rings)
+        for row in (0, 1):
+            if 0 <= last[row] < len(rows[row]):
+                assert largest_difference(found[row], wanted[row, last[row]]) <= 1e-5
 
 
 # --- dtype, remat ------------------------------------------------------------------------------------------

@@ -108,3 +108,65 @@ def test_weight_decay_shrinks_what_has_no_gradient():
     moved = run(OptimConfig(lr=0.1, weight_decay=0.5, clip=1.0), params, still)
     np.testing.assert_allclose(moved["a"], 2.0 * (1 - 0.1 * 0.5) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(run(OptimConfig(lr=0.1, weight_decay=0.0), params, still)["a"], params["a"])
+
+
+# --- the other schedules -----------------------------------------------------------------------------------
+
+
+def test_wsd_rises_stays_and_falls_in_its_last_share():
+    section = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=10, decay_ratio=0.25)
+    values = rates(section, 100)
+    np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-5)
+    assert (values[9:76] == 1).all()
+    np.testing.assert_allclose(values[75:], 1 - np.arange(25) / 25, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rates(OptimConfig(lr=1.0, schedule="wsd", warmup_steps=0), 50)[39:42], [1, 1, 0.9])
+
+
+def test_a_decay_that_the_warm_up_leaves_no_room_for_is_clamped_and_said():
+    _, notes = optim.schedule(OptimConfig(schedule="wsd", warmup_steps=9, decay_ratio=0.5), 10)
+    assert notes == ["optim.decay_ratio 0.5 clamped to 1 steps: after the warm-up the run has no more"]
+
+
+def test_a_warm_up_may_be_a_share_of_the_run():
+    section = OptimConfig(lr=1.0, schedule="constant", warmup_steps=0, warmup_ratio=0.1)
+    values = rates(section, 200)
+    np.testing.assert_allclose(values[[0, 9, 19, 20]], [0.05, 0.5, 1.0, 1.0], rtol=1e-5)
+    assert rates(section, 3)[0] > 0
+
+
+# --- the other optimizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+def test_each_is_optaxs_own_with_its_own_betas(name):
+    params, grads = random_run(3)
+    section = OptimConfig(name=name, lr=0.02, weight_decay=0.1, clip=None, b1=0.8, b2=0.95)
+    rate = optax.constant_schedule(0.02)
+    theirs = {
+        "lion": lambda: optax.lion(rate, b1=0.8, b2=0.95, weight_decay=0.1),
+        "adafactor": lambda: optax.adafactor(rate, momentum=0.8, decay_rate=0.95, weight_decay_rate=0.002),
+        "muon": lambda: optax.contrib.muon(rate, beta=0.8, adam_b2=0.95, weight_decay=0.1),
+    }[name]()
+    found, wanted, state = run(section, params, grads), params, theirs.init(params)
+    for grad in grads:
+        updates, state = theirs.update(grad, state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+    for path, value in wanted.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-7)
+        assert not np.allclose(value, params[path])
+
+
+def test_norms_scalars_and_magnitudes_do_not_decay(tiny):
+    from helpers import SMALL
+
+    from gemma_tpu import loading, lora
+    from gemma_tpu.projection import Base
+
+    model, _ = loading.build(tiny(**SMALL), dtype="float32")
+    lora.inject(model, rank=4, alpha=4, dora=True)
+    decays = {path.rpartition(".")[2]: role.decays for path, role in optim.roles(model).items()}
+    assert decays == {"lora_a": True, "lora_b": True, "lora_magnitude": False}
+    model.trains = Base
+    still = {path for path, role in optim.roles(model).items() if not role.decays}
+    assert all("norm" in path or "scalar" in path for path in still) and len(still) > 10
+    assert "embed.w" not in still and optim.roles(model)["embed.w"].matrix is None  # Muon leaves it to Adam

@@ -1,5 +1,6 @@
 """Packing: no sheet overfills, no row is lost, nothing is predicted across a border, little is padding."""
 
+import itertools
 import runpy
 import time
 from pathlib import Path
@@ -104,9 +105,28 @@ def test_no_packing_is_one_row_a_sheet() -> None:
     assert [items.tolist() for items in one_each(3)] == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("capacity, widths", [(100, [100]), (128, [128]), (300, [128, 256, 300])])
-def test_buckets_double_up_to_the_capacity(capacity: int, widths: list[int]) -> None:
-    assert bucket_widths(capacity).tolist() == widths
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_lengths_pad_less_than_the_buckets(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(100, 1100))
+    lengths = np.clip(rng.lognormal(5, 1, int(rng.integers(1, 60))).astype(int), 1, capacity)
+    found = bucket_widths(lengths, capacity, 3)
+    candidates = sorted({min(128 * i, capacity) for i in range(1, -(-int(lengths.max()) // 128) + 1)})
+
+    def positions(widths) -> int:
+        return sum(min(w for w in widths if w >= length) for length in lengths.tolist())
+
+    choices = [c for k in range(3) for c in itertools.combinations(candidates[:-1], k)]
+    assert positions(found.tolist()) == min(positions([*c, candidates[-1]]) for c in choices)
+    assert set(found.tolist()) <= set(candidates) and len(found) <= 3
+
+
+@pytest.mark.parametrize(
+    "lengths, capacity, widths",
+    [([100], 100, [100]), ([5], 4096, [128]), ([128, 129], 300, [128, 256]), ([260], 300, [300])],
+)
+def test_a_bucket_is_a_multiple_of_128_that_rows_need(lengths: list, capacity: int, widths: list) -> None:
+    assert bucket_widths(np.array(lengths), capacity).tolist() == widths
 
 
 def test_padding_waste_counts_what_each_way_pads() -> None:

@@ -1,25 +1,24 @@
 """Sampling: greedy is the argmax of the plain forward pass, drawing follows the distribution asked for."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from test_drawing import softmax
 
 import gemma_tpu
-from gemma_tpu import sampler
+from gemma_tpu import kv_cache, sampler
+from gemma_tpu import mesh as meshes
 from gemma_tpu.errors import UserError
-from gemma_tpu.sampler import Settings, generate
+from gemma_tpu.sampler import Sampler, Settings, generate
 
-LENGTHS = (5, 30, 17, 64, 1, 70)  # the window is 16 and a bucket 64: two programs
+LENGTHS = (5, 30, 17, 64, 1, 70)  # the window is 16
 NEW = 20
 NEVER = (1022, 1023)
 rng = np.random.default_rng(3)
 PROMPTS = [rng.integers(8, 1000, n).tolist() for n in LENGTHS]
-SHORT = PROMPTS[:5]  # one bucket, one program
+SHORT = PROMPTS[:5]
 
 
 @pytest.fixture(scope="module")
@@ -114,77 +113,7 @@ def test_no_prompts_give_no_completions(model):
     assert generate(model, [], NEVER, Settings()) == []
 
 
-# --- drawing ------------------------------------------------------------------------------------------------
-
-DRAWS = 4000
-LOGITS = np.random.default_rng(8).normal(size=24).astype(np.float32) * 1.5
-
-
-def draws(seed: int = 1, **settings) -> np.ndarray:
-    """Many draws from LOGITS, by the function that `generate` draws with."""
-    drawn = partial(sampler._draw, logits_V=jnp.asarray(LOGITS), step=0, settings=Settings(**settings))
-    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(jnp.arange(DRAWS))
-    return np.asarray(jax.jit(jax.vmap(drawn))(keys))
-
-
-def softmax(logits_V: np.ndarray, temperature: float) -> np.ndarray:
-    scaled_V = (logits_V.astype(np.float64) - logits_V.max()) / temperature
-    return np.exp(scaled_V) / np.exp(scaled_V).sum()
-
-
-def fits(drawn: np.ndarray, probability_V: np.ndarray) -> float:
-    """p of a chi-square test: the likely tokens each, the unlikely ones together."""
-    expected_V = probability_V / probability_V.sum() * len(drawn)
-    counted_V = np.bincount(drawn, minlength=len(expected_V))
-    likely_V = expected_V >= 8
-    assert likely_V.sum() >= 3 and counted_V[expected_V == 0].sum() == 0
-    observed, expected = (np.append(of[likely_V], of[~likely_V].sum()) for of in (counted_V, expected_V))
-    kept = expected > 0
-    return stats.chisquare(observed[kept], expected[kept]).pvalue
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_drawing_follows_the_softmax_at_its_temperature(temperature):
-    drawn = draws(temperature=temperature)
-    assert fits(drawn, softmax(LOGITS, temperature)) > 1e-3
-    assert fits(drawn, softmax(LOGITS, temperature * 1.3)) < 1e-6, "the test can tell"
-
-
-@pytest.mark.parametrize("k", [2, 9, 24, 1000])
-def test_top_k_draws_the_k_likeliest_and_no_other(k):
-    allowed = np.argsort(-LOGITS)[:k]
-    probability_V = np.zeros(24)
-    probability_V[allowed] = softmax(LOGITS, 1.5)[allowed]
-    drawn = draws(temperature=1.5, top_k=k)
-    assert set(drawn) <= set(allowed)
-    if k > 2:
-        assert fits(drawn, probability_V) > 1e-3
-
-
-@pytest.mark.parametrize("p", [0.3, 0.6, 0.95])
-def test_top_p_draws_the_smallest_set_that_reaches_p_and_no_other(p):
-    probability_V = softmax(LOGITS, 1.5)
-    order = np.argsort(-probability_V)
-    needed = int(np.searchsorted(np.cumsum(probability_V[order]), p)) + 1
-    kept_V = np.zeros(24)
-    kept_V[order[:needed]] = probability_V[order[:needed]]
-    drawn = draws(temperature=1.5, top_p=p)
-    assert set(drawn) == set(order[:needed])
-    if needed > 2:
-        assert fits(drawn, kept_V) > 1e-3
-
-
-def test_top_p_counts_within_what_top_k_left():
-    """Of 0.4 0.3 0.2 0.1, k = 2 leaves 4/7 and 3/7, so that p = 0.5 leaves the first alone."""
-    logits_V = jnp.log(jnp.array([0.1, 0.3, 0.4, 0.2]))
-    settings = Settings(temperature=1.0, top_k=2, top_p=0.5)
-    drawn = {int(sampler._draw(jax.random.key(n), logits_V, 0, settings)) for n in range(50)}
-    assert drawn == {2}
-
-
-def test_top_p_of_next_to_nothing_is_greedy():
-    for narrow in ({"top_p": 1e-6}, {"top_k": 1}):
-        assert set(draws(temperature=1.0, **narrow)) == {LOGITS.argmax()}
+# --- drawing -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,21 +149,98 @@ def test_samples_of_one_prompt_differ_from_draw_to_draw(model):
     assert all(len(set(c.tokens)) > NEW // 2 for c in made), "each step draws anew"
 
 
-def test_another_seed_or_stop_token_compiles_nothing_new(model, drawn):
-    before = sampler._generate._cache_size()
+def test_other_numbers_seeds_and_stop_tokens_compile_nothing_new(model, drawn):
+    asked = Sampler(model, rows=4)
     for seed in range(3):
-        settings = Settings(max_new_tokens=NEW, temperature=2.0, top_k=900, seed=seed)
-        generate(model, SHORT, (1021, seed), settings, rows=4)
-    assert sampler._generate._cache_size() == before
+        settings = Settings(max_new_tokens=NEW, temperature=2.0 + seed, top_k=900, seed=seed)
+        asked.run(SHORT, (1021, seed, *range(seed)), settings)
+        assert asked.stats.programs == {"prefill": 1, "decode": 1}
+
+
+def test_a_sample_does_not_depend_on_what_else_is_asked_for(model, drawn):
+    settings = Settings(max_new_tokens=NEW, temperature=2.0, top_k=900, seed=5)
+    asked = [SHORT[3], PROMPTS[5], SHORT[1], SHORT[1], SHORT[1]]
+    found = generate(model, asked, NEVER, settings, rows=2)
+    assert found[0].tokens == drawn[3].tokens and found[2].tokens == drawn[1].tokens
+    third = generate(model, [SHORT[1]], NEVER, settings, rows=2, numbers=[2])
+    assert third[0].tokens == found[4].tokens, "asked for alone, as a resumed evaluation does"
+
+
+def test_a_repetition_penalty_holds_for_the_prompt_and_for_what_was_drawn(model, greedy):
+    settings = Settings(max_new_tokens=NEW, repetition_penalty=1e6)
+    for prompt, made in zip(PROMPTS, generate(model, PROMPTS, NEVER, settings, rows=4), strict=True):
+        assert not set(made.tokens) & set(prompt) and len(set(made.tokens)) == NEW
+    assert any(len(set(made.tokens)) < NEW for made in greedy), "without it, they repeat"
+
+
+# --- the batch ----------------------------------------------------------------------------------------------
+
+
+def test_samples_share_the_prefill_of_their_prompt_and_prompts_share_sheets(model):
+    asked, wanted = Sampler(model, rows=3), [prompt for prompt in PROMPTS for _ in range(4)]
+    made = asked.run(wanted, NEVER, Settings(max_new_tokens=4, temperature=1.0))
+    assert len(made) == 24
+    assert asked.stats.prompts == len(PROMPTS) and asked.stats.sheets < len(PROMPTS)
+    assert asked.stats.tokens == 24 * 4
+
+
+def test_rows_are_refilled_as_sequences_end(model, greedy):
+    """Six sequences of 1 to 20 tokens in two rows take hardly more steps than their tokens divided by two."""
+    asked, limits = Sampler(model, rows=2), [20, 3, 5, 4, 7, 1]
+    made = asked.run(PROMPTS, NEVER, Settings(max_new_tokens=NEW), limits=limits)
+    assert [one.tokens for one in made] == [one.tokens[:n] for one, n in zip(greedy, limits, strict=True)]
+    assert asked.stats.steps <= sum(limits) / 2 + 4 and asked.stats.busy > 0.75
+
+
+def test_local_layers_keep_their_window_and_no_more(model):
+    arch = model.arch
+    rings = kv_cache.empty(arch, 3, 256, model.dtype)
+    for block, pairs in zip(arch.blocks, rings, strict=True):
+        for layer, (k, v) in zip(block.period, pairs, strict=True):
+            slots = 256 if layer.window is None else 16
+            assert k.shape[3:] == (layer.head_dim, slots) and v.shape[3:] == (slots, layer.head_dim)
+
+
+def test_tokens_are_told_as_they_come_and_can_be_stopped(model, greedy):
+    seen: dict[int, list[int]] = {}
+    done = []
+    made = generate(
+        model, SHORT, NEVER, Settings(max_new_tokens=NEW), rows=4,
+        on_tokens=lambda i, tokens: seen.setdefault(i, []).append(len(tokens)),
+        on_done=lambda i, one: done.append(i), until=lambda tokens: 11 if len(tokens) >= 11 else None,
+    )  # fmt: skip
+    assert [one.tokens for one in made] == [one.tokens[:11] for one in greedy[:5]]
+    assert all(one.finish_reason == "stop" and len(one.logprobs) == 11 for one in made)
+    assert sorted(done) == list(range(5)) and all(counts[0] < 11 for counts in seen.values())
+
+
+@pytest.mark.parametrize("sizes", [
+    {"fsdp": 2, "tp": 2}, pytest.param({"tp": 4}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_a_mesh_of_four_completes_like_one_device(base32, compile_cache, greedy, drawn, sizes):
+    model = gemma_tpu.load(base32, mesh=meshes.build(sizes))
+    asked = Sampler(model, rows=6)
+    made = asked.run(PROMPTS, NEVER, Settings(max_new_tokens=NEW))
+    assert [one.tokens for one in made] == [one.tokens for one in greedy]
+    assert asked.rows % sizes.get("fsdp", 1) == 0 and asked.stats.programs == {"prefill": 1, "decode": 1}
+    settings = Settings(max_new_tokens=NEW, temperature=2.0, top_k=900, seed=5)
+    assert [one.tokens for one in asked.run(SHORT, NEVER, settings)] == [one.tokens for one in drawn]
 
 
 # --- refused ------------------------------------------------------------------------------------------------
 
 
+def test_limits_beyond_the_maximum_are_refused(model):
+    with pytest.raises(UserError, match="limits must be from 1 to max_new_tokens"):
+        generate(model, SHORT[:1], NEVER, Settings(max_new_tokens=NEW), limits=[NEW + 1])
+
+
 def test_wrong_settings_are_named_all_at_once():
     with pytest.raises(UserError) as refused:
-        Settings(max_new_tokens=0, temperature=-1.0, top_k=-2, top_p=0.0)
-    for text in ("max_new_tokens is 0", "temperature is -1.0", "top_k is -2", "top_p is 0.0"):
+        Settings(0, temperature=-1.0, top_k=-2, top_p=0.0, min_p=1.5, repetition_penalty=0)
+    for text in ("max_new_tokens is 0", "temperature is -1.0", "top_k is -2", "top_p is 0.0", "min_p is 1.5",
+                 "repetition_penalty is 0"):
         assert text in str(refused.value)
     with pytest.raises(UserError, match="top_p is 1.5: it must be above 0 and at most 1"):
         Settings(top_p=1.5)
@@ -259,4 +265,4 @@ def test_an_empty_prompt_is_refused(model):
 def test_progress_counts_prompts(model):
     seen = []
     generate(model, PROMPTS, NEVER, Settings(max_new_tokens=NEW), rows=4, progress=lambda *a: seen.append(a))
-    assert seen == [(4, 6), (6, 6)]
+    assert seen[-1] == (6, 6) and seen == sorted(seen)

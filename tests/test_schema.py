@@ -86,8 +86,12 @@ def test_an_empty_list_and_a_broken_regex_are_refused(override):
 
 OUT_OF_RANGE = {
     "model.dtype": "float16",
-    "data.format": "sharegpt",
-    "data.packing": "bucket",
+    "model.quantise": "fp4",
+    "data.format": "chatml",
+    "data.weights": [1, 0],
+    "data.columns": {"prompt": 7},
+    "data.workers": 0,
+    "data.packing": "sorted",
     "data.train_on": "user",
     "data.overlong": "split",
     "data.transform": "codev",
@@ -96,6 +100,10 @@ OUT_OF_RANGE = {
     "lora.rank": 0,
     "lora.alpha": 0,
     "lora.dropout": 1,
+    "lora.rank_pattern": {"q_proj": 0},
+    "lora.alpha_pattern": {"(": 8},
+    "lora.layers": [-1],
+    "lora.init": "olora",
     "mesh.data": 0,
     "mesh.fsdp": -4,
     "mesh.tp": 0,
@@ -111,15 +119,35 @@ OUT_OF_RANGE = {
     "optim.name": "adam",
     "optim.lr": 0,
     "optim.schedule": "poly",
+    "optim.loraplus_ratio": 0,
     "optim.warmup_steps": -1,
+    "optim.warmup_ratio": 1,
+    "optim.decay_ratio": 0,
     "optim.weight_decay": -0.1,
     "optim.clip": 0,
     "optim.b1": 1,
     "optim.b2": -0.1,
     "optim.eps": 0,
+    "preference.loss": "orpo",
+    "preference.beta": 0,
+    "preference.margin": -1,
     "checkpoint.every": 0,
+    "checkpoint.seconds": 0,
     "checkpoint.keep": 0,
+    "checkpoint.keep_best": -1,
     "log.every": 0,
+    "log.trackers": ["mlflow"],
+    "log.usd_per_hour": 0,
+    "eval.every": 0,
+    "eval.patience": 0,
+    "eval.max_new_tokens": 0,
+    "faults.skips": 0,
+    "faults.spike": 0,
+    "profile.start": 0,
+    "profile.steps": 0,
+    "distributed.processes": 0,
+    "distributed.process": -1,
+    "distributed.timeout": 0,
 }
 
 
@@ -133,14 +161,22 @@ def test_every_range_is_held(key):
 
 
 def test_every_key_has_its_range_tested():
-    no_range = {"mesh.auto", "mesh.replicate_kv", "log.progress"}  # booleans
+    no_range = {
+        "mesh.auto", "mesh.replicate_kv", "log.progress", "log.tensorboard", "data.strict", "lora.rslora", "lora.dora",
+    }  # fmt: skip
     words = {
         "model.path",
         "data.path",
         "data.validation",
+        "data.cache",
+        "train.compile_cache",
         "lora.targets",
         "lora.exclude",
         "lora.init_from",
+        "checkpoint.folder",
+        "log.project",
+        "eval.prompts",
+        "distributed.coordinator",
         "run_dir",
         "recipe",
     }
@@ -148,7 +184,34 @@ def test_every_key_has_its_range_tested():
     assert all(key.split(".")[0] in SECTIONS for key in OUT_OF_RANGE)
 
 
+def test_columns_are_a_mapping_that_can_be_hashed():
+    config = read("data.columns={prompt: question, response: answer}")
+    assert config.data.columns == {"prompt": "question", "response": "answer"}
+    assert hash(config) == hash(read("data.columns={response: answer, prompt: question}"))
+    assert "must be a mapping of " in refusal("data.columns=[prompt]")
+
+
+def test_a_transform_is_shipped_or_a_place_to_find_it():
+    for name in ("codev_r1", "mine:shorten", "tools/mine.py:shorten"):
+        assert read(f"data.transform={name}").data.transform == name
+    assert read("data.transform=[codev_r1, 'mine:f']").data.transform == ("codev_r1", "mine:f")
+    assert "must be codev_r1, your own function as module:function" in refusal("data.transform=codev_r2")
+
+
+def test_held_out_rows_are_a_file_or_a_share():
+    assert read("data.validation=0.05").data.validation == 0.05
+    assert read("data.validation=[a.jsonl, b.jsonl]").data.validation == ("a.jsonl", "b.jsonl")
+    for wrong in ("0", "1", "1.5", "[]"):
+        assert "data.validation = " in refusal(f"data.validation={wrong}")
+
+
+def test_there_is_a_weight_for_each_path():
+    assert read("data.path=[a, b]", "data.weights=[3, 1]").data.weights == (3.0, 1.0)
+    assert "data.weights (1 numbers) must have one for each of data.path (2)" in refusal(
+        "data.path=[a, b]", "data.weights=[1]")
+
+
 def test_a_refused_choice_names_the_allowed_ones():
-    assert "data.packing = 'bucket': must be off or pack" in refusal("data.packing=bucket")
+    assert "data.packing = 'sorted': must be one of off, bucket, pack" in refusal("data.packing=sorted")
     message = refusal("optim.schedule=cosin")
-    assert "must be one of cosine, linear, constant; did you mean cosine?" in message
+    assert "must be one of cosine, linear, constant, wsd; did you mean cosine?" in message

@@ -123,10 +123,10 @@ def test_what_a_tpu_config_must_hold_fits_its_chips_and_is_what_the_header_says(
 
 
 @pytest.mark.parametrize("file", ON_TPU, ids=lambda file: file.stem)
-def test_a_tpu_config_packs_or_is_the_papers_and_recomputes_activations(file):
-    config = load(file)
-    assert config.train.remat == "full"
-    assert (config.data.packing == "pack") == (file.stem != "gemma4_31b_v5p8_codev")
+def test_a_tpu_config_packs_and_keeps_what_fits_or_is_the_papers(file):
+    config, papers = load(file), file.stem == "gemma4_31b_v5p8_codev"
+    assert config.train.remat == ("full" if papers else "auto")
+    assert config.data.packing == ("off" if papers else "pack")
     if size_of(file) != "gemma4-31b":
         assert (config.data.path, config.data.format) == ("data/train.jsonl", "messages")
         assert config.data.transform is None
@@ -163,6 +163,7 @@ def test_fast_says_the_updates_and_the_rate_that_its_own_numbers_give():
         "data.max_seq_len",
         "data.packing",
         "train.batch_size",
+        "train.remat",
         "optim.lr",
         "optim.warmup_steps",
         "optim.clip",

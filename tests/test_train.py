@@ -85,6 +85,31 @@ def test_the_train_step_compiles_once_and_refuses_another_batch_shape(
         kept["compiled"](trainer.state, trainer.parts.frozen, trainer.program.place(shorter))
 
 
+def test_a_bucketed_run_compiles_once_for_each_length_before_it_starts(
+    base32, compile_cache, tmp_path, caplog, capsys
+):
+    for name in ("jax", "jax._src.dispatch"):
+        caplog.set_level(logging.WARNING, logger=name)
+    with jax.log_compiles():
+        train(run_config(base32, tmp_path / "run", "data.packing=bucket", "data.max_seq_len=512"))
+    compiled = [message for message in caplog.messages if "Finished XLA compilation" in message]
+    summary, said = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().err
+    lengths = summary["lengths"]
+    assert len(lengths) > 1 and lengths[-1] < 512, "and none for rows that are not there"
+    assert sum("train_step" in message for message in compiled) == len(lengths), compiled
+    told = [rf"compiled the train step once, for batches of 2x4x{length}, in" for length in lengths]
+    assert all(len(re.findall(line, said)) == 1 for line in told)
+    assert said.rindex("compiled the train step once") < said.index("step     1/")
+    assert f"{', '.join(map(str, lengths))} tokens a row, each length compiled once" in said
+    assert np.mean(losses(tmp_path / "run")[-2:]) < losses(tmp_path / "run")[0] - 0.3
+    assert f"the steps waited for data {summary['data_wait_share']:.2%} of their time" in said
+
+
+def test_the_time_that_steps_wait_for_data_is_measured(whole_run):
+    assert all(0 <= row["data_wait"] <= 1 for row in rows(whole_run))
+    assert 0 <= json.loads((whole_run / "summary.json").read_text())["data_wait_share"] < 0.2
+
+
 # --- resume -------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from turns import Rows, Turns, settings
 
 from gemma_tpu import config as configs
-from gemma_tpu import loading, lora, mesh, program
+from gemma_tpu import loading, mesh, program, start
 from gemma_tpu.corpus import Prepared
 from gemma_tpu.data import Loader, make_loader
 from gemma_tpu.rows import Tally
@@ -41,7 +41,7 @@ def assemble(chosen: dict[str, Any], rows: Rows) -> tuple[program.Program, Loade
     program.adapt(model, config)
     shardings, _ = loading.place(model, device_mesh)
     loading.load_base(model, checkpoint, shardings)
-    loading.assign(model, loading.put(lora.initial(model, config.train.seed), shardings))
+    start.begin(model, config.lora, config.train.seed, shardings)
     loader = make_loader(prepared(rows, config.data.max_seq_len), max_seq_len=config.data.max_seq_len,
                          packing="pack", batch_size=1, accumulation=1, seed=0, steps=config.train.steps)  # fmt: skip
     parameters = sum(int(np.prod(v.shape)) for v in loading.variables(model).values())
