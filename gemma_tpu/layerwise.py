@@ -53,7 +53,7 @@ class Side:
     def layers(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Iterator[jax.Array]:
         """What stands on the residual stream after the embedding and after each layer, then after the final norm."""
         arch, segments_BT = self.model.arch, jnp.asarray(segments_BT)
-        ctx = (segments_BT, restart_positions(segments_BT), segments_BT)
+        ctx = (segments_BT, restart_positions(segments_BT))
         ids, compact_BT = np.unique(tokens_BT, return_inverse=True)
         compact_BT = jnp.asarray(compact_BT.reshape(tokens_BT.shape))
         x_BTD = self._module(self.model.embed, "embed", rows=ids)(compact_BT)
@@ -137,5 +137,4 @@ def _place(arch, number: int) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=64)
 def _run(graph):
     """One compile for each kind of layer."""
-    return jax.jit(lambda state, x, ctx_arrays, kv, part: nnx.merge(graph, state)(x, Context(*ctx_arrays, None), None,
-                                                                                  kv, None, part))  # fmt: skip
+    return jax.jit(lambda state, x, ctx, kv, part: nnx.merge(graph, state)(x, Context(*ctx), None, kv, None, part))

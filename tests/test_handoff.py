@@ -267,7 +267,7 @@ def test_a_foreign_adapter_is_taken_up_and_what_it_leaves_out_starts_fresh(forei
 def test_a_foreign_adapter_that_does_not_fit_is_refused(foreign, base32):
     with pytest.raises(UserError, match="has rank 4, lora.rank must be at least that"):
         onto(foreign, base32, rank=2)
-    with pytest.raises(UserError, match="v_proj.weight: lora.targets does not train it"):
+    with pytest.raises(UserError, match="v_proj.weight: lora.targets and lora.layers do not train it"):
         onto(foreign, base32, exclude=("kv_einsum", "k_einsum"))
     with pytest.raises(UserError, match="at rank 3 do not give|of rank 3 do not give"):
         change(foreign, r=3)

@@ -196,6 +196,6 @@ def test_a_float16_base_has_the_bound_of_its_own_rounding(whole_run, base32, tmp
         scaled = {n: LowRank(p.b, p.a, p.scale * factor) for n, (p,) in edits.items()}
         write_patched(base, tmp_path / str(factor), scaled)
         report = Report({"clients": {}})
-        _compare_logits(report, trained, base, open_checkpoint(tmp_path / str(factor)), edits, probe)
+        _compare_logits(report, Side(base, trained), open_checkpoint(tmp_path / str(factor)), edits, probe)
         assert (not report.failures) == good and report.figures["dtype"] == "float16"
         assert report.figures["logit_bound"] > report.figures["rounding"] > 1e-5 * report.figures["max_logit"]
