@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gemma_tpu import destination, layout, patch, staging
+from gemma_tpu import destination, layout, patch, quantise, staging
 from gemma_tpu import updates as arithmetic
 from gemma_tpu.difference import compare, ulp_distance
 from gemma_tpu.errors import RunError, UserError
@@ -585,7 +585,26 @@ def test_what_lies_in_a_bucket_is_kept_without_leave(tmp_path, bucket):
         write_patched(open_checkpoint("memory://patch/out"), "memory://patch/out/merged", updates())
 
 
-# --- magnitudes ---
+def test_a_shard_is_tried_and_nothing_stays(tmp_path):
+    base = make_base(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    report = patch.try_shard(base, tmp_path / "run", updates())
+    assert not list((tmp_path / "run").iterdir()) and report.tensors_changed == len(report.changes) > 0
+    assert report.bytes == min(shard.size for shard in base.shards.values())
+
+
+# --- magnitudes and quantised bases ---
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_what_the_run_saw(tmp_path, kind):
+    base, part = make_base(tmp_path / "base"), low_rank(192, 320)
+    asked = LowRank(part.b, part.a, part.scale, quantised=(kind, 64))
+    report = write_patched(base, tmp_path / "out", {"q": asked})
+    exact = quantise.round_trip(base.read("q"), kind, 64) + delta(part)
+    assert ulp_distance(open_checkpoint(tmp_path / "out").read("q"), exact.astype(np.float32).astype(BF16)).max() <= 1
+    assert report.changes["q"].max_delta == pytest.approx(np.abs(exact - base.read("q").astype(np.float64)).max())
+    assert "must be the only one" in refused(base, tmp_path / "two", {"q": [asked, part]})
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32])
