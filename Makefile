@@ -10,10 +10,10 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge verify eval demo test test-slow check bench bench-peers clean
+.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  variables:      CONFIG=$(CONFIG) RUN=<its run_dir> ARGS="optim.lr=1e-3 ..." PYTHON=$(PYTHON)'
 
 setup: .venv/.core ## make .venv with the package in it (every target does so when it is missing)
@@ -45,6 +45,12 @@ test: check ## lint and tests
 
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-clients: .venv/.dev .client-envs/transformers-5.5 ## other programs on merged folders and adapters
+	$(BIN)/pytest -m slow tests/test_clients.py $(ARGS)
+
+.client-envs/transformers-5.5: # beside the packages of .venv, and before them
+	$(BIN)/pip install --quiet --target $@ 'transformers==5.5.*'
 
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .

@@ -16,9 +16,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import __version__, assets, config, data_cli, devices, eval_cli, plan_cli, sample_cli, train_cli
+from gemma_tpu import (
+    __version__,
+    assets,
+    config,
+    data_cli,
+    devices,
+    eval_cli,
+    handoff_cli,
+    plan_cli,
+    sample_cli,
+    train_cli,
+)
 from gemma_tpu.arguments import positive as _positive
-from gemma_tpu.arguments import run_folder as _run_folder
 from gemma_tpu.arguments import seed as _seed
 from gemma_tpu.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
@@ -33,6 +43,7 @@ examples:
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
+  gemma-tpu adapter runs/tiny_cpu --out adapters/mine   the adapter alone, as a PEFT folder
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
   gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json    is the difference significant?
   gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
@@ -142,23 +153,6 @@ def stage(args: argparse.Namespace) -> tuple[Result, int]:
     return stage(args.source, args.target, overwrite=args.overwrite, say=_say), 0
 
 
-def merge(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.run_dir)
-    from gemma_tpu.merging import merge
-
-    # Without --out the run's own merged/ is written, which is this command's to replace.
-    overwrite = True if args.overwrite else None
-    return merge(run, base=args.base, out=args.out, step=args.step, overwrite=overwrite, onto=args.onto), 0
-
-
-def verify(args: argparse.Namespace) -> tuple[Result, int]:
-    run = _run_folder(args.run_dir)
-    from gemma_tpu.verify import verify
-
-    result = verify(run, merged=args.merged, step=args.step, onto=args.onto)
-    return result, 0 if result["ok"] else 1
-
-
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
     target = args.target if "://" in args.target else _target(args.target)
     prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
@@ -219,7 +213,7 @@ def build_parser() -> Parser:
     _add_configured(commands)
     _add_tiny(commands)
     _add_stage(commands)
-    _add_merge_and_verify(commands)
+    handoff_cli.add_commands(commands, _command)
     _add_sample(commands)
     _add_eval(commands)
     return parser
@@ -257,30 +251,6 @@ def _add_stage(commands: Any) -> None:
     one.add_argument("--overwrite", action="store_true", help="let files of the target be replaced")
 
 
-def _add_merge_and_verify(commands: Any) -> None:
-    example = "gemma-tpu merge runs/tiny_cpu --out models/mine"
-    one = _command(commands, "merge", merge, "merge a run's adapter into its base's safetensors", example)
-    _add_run_dir(one)
-    one.add_argument("--out", type=Path, help="folder to write; by default the run's own merged/")
-    one.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
-    one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
-    _add_onto(one)
-
-    train_cli.add_report_arguments(_command(commands, "report", train_cli.report, *train_cli.REPORT))
-
-    example = "gemma-tpu verify runs/tiny_cpu"
-    about = "prove a merge: tensors, logits, and transformers where torch is installed"
-    one = _command(commands, "verify", verify, about, example)
-    _add_run_dir(one)
-    one.add_argument("--merged", type=Path, help="the merged folder; by default the run's own merged/")
-    _add_onto(one)
-
-
-def _add_onto(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--onto", choices=("original", "dequantised"), default="original",
-                     help="of a run on a quantised base: the weights as they are in its files, or as training saw them")
-
-
 def _add_sample(commands: Any) -> None:
     example = 'gemma-tpu sample runs/tiny_cpu --prompt "Write a Verilog module for a 4-bit counter."'
     about = "complete prompts with a run, a model or a server; a chat where no prompt is given"
@@ -314,15 +284,6 @@ def _command(commands: Any, name: str, run: Callable, about: str, example: str) 
     one.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     one.set_defaults(command=run, parser=one)
     return one
-
-
-def _add_run_dir(one: Parser) -> None:
-    one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained")
-    one.add_argument("--step", type=_positive, help="a checkpoint's step; by default the latest")
-
-
-def _add_target(one: Parser) -> None:
-    one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied) or a model folder")
 
 
 def _add_drawing(one: Parser, max_new_tokens: int) -> None:

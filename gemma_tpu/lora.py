@@ -67,7 +67,8 @@ def inject(
 
 
 def inject_config(model: Decoder, section: LoraConfig) -> list[Site]:
-    return inject(model, **{field.name: getattr(section, field.name) for field in fields(section)})
+    asked = {field.name: getattr(section, field.name) for field in fields(section) if field.name != "init_from"}
+    return inject(model, **asked)
 
 
 def _layers(model: Decoder, layers: Sequence[int] | None) -> set[int]:

@@ -82,6 +82,11 @@ class PairRows:
         return np.array([sum(len(ids) for ids, _ in pair) for pair in self.pairs], np.int64)
 
     @property
+    def rows(self) -> int:
+        """Rows read."""
+        return self.account.rows
+
+    @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
 

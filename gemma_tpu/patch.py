@@ -1,22 +1,19 @@
 """Writes a copy of a checkpoint in which some tensors are changed and every other byte is the base's own.
 
-Shards keep their names, headers and offsets; tensors that no update names are copied byte for byte. A changed
-tensor is computed in blocks of rows as float64(W) + sum of scale * B @ A and rounded once to its own dtype.
-float64 because W and its delta can cancel: summed in float32, about one element in a million then lands many
-bfloat16 steps from the exact result.
-
-Shapes: O = out features, I = in features (the layout of the files), R = rank; stacked experts have an E in front.
+Shard by shard, in blocks of rows that the cores compute side by side and that are written in file order: memory is
+that of a few blocks, whatever the size of the model. Shards keep their names, headers and offsets, unless new ones
+of a given size are asked for; tensors that no update names are copied byte for byte.
 """
 
-import errno
-import math
+import hashlib
+import json
+import os
 import re
 import resource
-import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -24,68 +21,30 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import ml_dtypes
-import numpy as np
-
+from gemma_tpu import layout, updates
 from gemma_tpu.blas import single_threaded
+from gemma_tpu.destination import Destination, Folder, opened
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.lowrank import to_length
-from gemma_tpu.quantise import round_trip
-from gemma_tpu.shards import Checkpoint, Shard, TensorInfo
-from gemma_tpu.staging import staged, walk_names, write_file
+from gemma_tpu.layout import Layout, OutShard
+from gemma_tpu.remote import restore_url
+from gemma_tpu.shards import INDEX_FILE, Checkpoint
+from gemma_tpu.staging import walk_names
+from gemma_tpu.updates import Edit, LowRank, Replace, TensorChange, Update
 
-FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
+__all__ = ["LowRank", "PatchReport", "Replace", "TensorChange", "Update", "peak_rss_mib", "write_patched"]
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "consolidated*", "tf_model*",
                 "flax_model*", "adapter_model*", "*.gguf", "*.pt", "*.pth", "*.onnx")
 _BOOKKEEPING = (".git/", ".cache/")  # of the download; .git may hold every weight a second time
-Index = tuple[slice, ...]
-_BLOCK_ELEMENTS = 1 << 20  # 8 MiB in float64: a worker's block stays near its cache
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """W + scale * b @ a, with b [O, R] and a [R, I]; for a stack of experts b [E, O, R] and a [E, R, I].
-
-    With a magnitude [O] (DoRA), each row of that sum is then scaled to this length. `quantised`, a kind and a block:
-    W is taken as a run saw it that held it so.
-    """
-
-    b: np.ndarray
-    a: np.ndarray
-    scale: float
-    magnitude: np.ndarray | None = None
-    quantised: tuple[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class Replace:
-    """The whole tensor. A float array is rounded once to the tensor's dtype; any other must have it."""
-
-    array: np.ndarray
-
-
-Update = LowRank | Replace | Sequence[LowRank]
-Edit = Replace | tuple[LowRank, ...]  # an Update after its checks
-
-
-@dataclass
-class TensorChange:
-    """What one update did: moved = elements whose value, once stored, differs from the base's."""
-
-    elements: int
-    moved: int = 0
-    max_delta: float = 0.0
-
-    def add(self, other: "TensorChange") -> None:
-        self.moved += other.moved
-        self.max_delta = max(self.max_delta, other.max_delta)
+Progress = Callable[[int, int], None]
 
 
 @dataclass
 class PatchReport:
-    """What was written. left_out: files of the base with other weights or bookkeeping of its download."""
+    """What was written. left_out: files of the base with other weights or bookkeeping of its download; resumed:
+    shards that an interrupted attempt had finished, whose tensors are not in `changes`."""
 
-    out: Path
+    out: str
     tensors_changed: int
     tensors_copied: int
     bytes: int = 0
@@ -94,63 +53,59 @@ class PatchReport:
     changes: dict[str, TensorChange] = field(default_factory=dict)
     files_copied: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
 
 
-def write_patched(base: Checkpoint, out: Path, updates: Mapping[str, Update], *,
-                  copy_files: Callable[[str], bool] = lambda name: True, overwrite: bool = False,
-                  workers: int = 2, progress: Callable[[int, int], None] | None = None) -> PatchReport:
-    """Writes `base` with `updates` applied to the folder `out`, which appears only when it is complete.
+def write_patched(base: Checkpoint, out: str | Path, changes: Mapping[str, Update], *,
+                  copy_files: Callable[[str], bool] = lambda name: True, extra: Mapping[str, bytes] | None = None,
+                  max_shard_bytes: int | None = None, overwrite: bool = False, workers: int | None = None,
+                  progress: Progress | None = None) -> PatchReport:
+    """Writes `base` with `changes` applied to `out`, a folder or a bucket, which holds a model only when all is there.
 
-    `copy_files(relative name)` may turn down files beside the weights; `progress(done, total)` gets bytes of
-    weights. Raises UserError for updates that do not fit the base and for an `out` that is taken, RunError
-    for values that are not finite and for a disk that fails or fills up.
+    `copy_files(relative name)` may turn down files beside the weights; `extra` are files to add, or to write in
+    place of the base's; `progress(done, total)` gets bytes of weights. Raises UserError for updates that do not fit
+    the base and for an `out` that is taken, RunError for values that are not finite and for a disk that fails or is
+    too small.
     """
     began = time.monotonic()
-    edits = _check_updates(base, updates)
-    files, left_out = _other_files(base)
-    left_out += [name for name in files if not copy_files(name)]
-    files = [name for name in files if copy_files(name)]
-    if workers < 1:
+    edits, extra = updates.check(base, changes), dict(extra or {})
+    if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    _refuse_nested(base.folder.resolve(), Path(out).resolve())
-    report = PatchReport(Path(out), len(edits), len(base.names()) - len(edits),
+    plan = layout.like_base(base) if max_shard_bytes is None else layout.cut(base, max_shard_bytes)
+    if plan.index is not None:
+        extra[INDEX_FILE] = plan.index
+    files, left_out = _other_files(base, keep_index=max_shard_bytes is None)
+    left_out += [name for name in files if not copy_files(name)]
+    files = [name for name in files if copy_files(name) and name not in extra]
+    _refuse_nested(base, out)
+    report = PatchReport(restore_url(out), len(edits), len(base.names()) - len(edits),
                          changes={name: TensorChange(base.info(name).size) for name in edits},
-                         files_copied=files, left_out=sorted(left_out))
-    try:
-        with staged(Path(out), {*files, *base.shards}, overwrite) as folder:
-            _check_space(base, files, folder)
-            for name in files:
-                source = base.folder / name
-                write_file(folder / name, lambda file, source=source: _copy(source, file))
-                report.bytes += (folder / name).stat().st_size
-            with single_threaded(), ThreadPoolExecutor(workers) as pool:
-                for shard in base.shards.values():
-                    _write_shard(base, shard, edits, folder / shard.name, report, pool, 2 * workers, progress)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise RunError(f"writing {out} failed: {reason}. {out} is as it was before") from error
+                         files_copied=files, left_out=sorted(left_out))  # fmt: skip
+    with opened(out, _digest(base, edits, plan), {*files, *extra, *plan.files}, overwrite) as place:
+        _check_space(base, plan, files, place, report)
+        writer = _Writer(base, edits, place, report, progress)
+        writer.write_shards(plan, workers or _workers(base))
+        for name in place.order([*files, *extra]):
+            writer.write_file(name, extra.get(name))
     report.seconds = time.monotonic() - began
     report.peak_rss_mib = peak_rss_mib()
     return report
 
 
-def try_shard(base: Checkpoint, folder: Path, updates: Mapping[str, Update]) -> PatchReport:
+def try_shard(base: Checkpoint, folder: Path, changes: Mapping[str, Update]) -> PatchReport:
     """The smallest shard that the updates change, written into `folder` and deleted again: will a merge work here?"""
-    edits = _check_updates(base, updates)
-    changed = [one for one in base.shards.values() if any(info.name in edits for info in one.tensors)]
-    shard = min(changed, key=lambda one: one.size)
-    names = {info.name for info in shard.tensors}
-    inside = {name: edit for name, edit in edits.items() if name in names}
-    report = PatchReport(folder / shard.name, len(inside), len(names) - len(inside),
-                         changes={name: TensorChange(base.info(name).size) for name in inside})
+    edits = updates.check(base, changes)
+    plan = [one for one in layout.like_base(base).shards if any(info.name in edits for info in one.tensors)]
+    shard = min(plan, key=lambda one: one.size)
+    inside = {info.name: edits[info.name] for info in shard.tensors if info.name in edits}
+    report = PatchReport(str(folder / shard.name), len(inside), len(shard.tensors) - len(inside))
+    (folder / shard.name).unlink(missing_ok=True)
     try:
-        with single_threaded(), ThreadPoolExecutor(2) as pool:
-            _write_shard(base, shard, inside, report.out, report, pool, 4, None)
+        _Writer(base, inside, Folder(folder), report, None).write_shards(Layout((shard,), None), _workers(base))
     except OSError as error:
         raise RunError(f"writing {report.out} failed: {error.strerror or error}") from error
     finally:
-        report.out.unlink(missing_ok=True)
+        (folder / shard.name).unlink(missing_ok=True)
     return report
 
 
@@ -164,58 +119,25 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def _workers(base: Checkpoint) -> int:
+    """One for each core; from far away as many as keep the line busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores, base.source.reads_at_once if "://" in base.where else 1)
+
+
 # --- checks before anything is written ---
 
 
-def _check_updates(base: Checkpoint, updates: Mapping[str, Update]) -> dict[str, Edit]:
-    if not updates:
-        raise UserError(f"no updates for {base.folder}: the result would be the base itself")
-    unused = sorted(name for name in updates if name not in base)
-    if unused:
-        raise UserError(f"{base.folder} has no tensor for {len(unused)} of {len(updates)} updates: "
-                        f"{', '.join(unused)}")
-    edits, misfits, infinite = {}, [], []
-    for name, update in updates.items():
-        parts = (update,) if isinstance(update, LowRank | Replace) else tuple(update)
-        edits[name] = update if isinstance(update, Replace) else parts
-        misfits += [f"{name}: {problem}" for problem in _misfits(base.info(name), parts)]
-        if any(isinstance(part, LowRank) and not _is_finite(part) for part in parts):
-            infinite.append(name)
-    if misfits:
-        raise UserError("updates do not fit the base:" + "".join(f"\n  - {misfit}" for misfit in misfits))
-    if infinite:
-        raise RunError(f"NaN or infinity in the update of {', '.join(infinite)}: not written")
-    return edits
+def _digest(base: Checkpoint, edits: Mapping[str, Edit], plan: Layout) -> str:
+    """Names this very merge: the base as its files stand now, every update, and what goes into which file."""
+    there = base.source.list()
+    versions = [(name, there[name].size, there[name].version) for name in sorted(base.shards)]
+    shards = [(shard.name, hashlib.sha256(shard.header).hexdigest()) for shard in plan.shards]
+    text = json.dumps([base.fingerprint(), versions, updates.digest(edits), shards])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _misfits(info: TensorInfo, parts: Sequence[LowRank | Replace]) -> Iterator[str]:
-    shape = list(info.shape)
-    if not parts:
-        yield "its list of updates is empty"
-    for part in parts:
-        if isinstance(part, Replace):
-            if part.array.shape != info.shape:
-                yield f"its shape {list(part.array.shape)} must be the base's {shape}"
-            if part.array.dtype != info.dtype and not {part.array.dtype, info.dtype} <= {*FLOATS}:
-                yield f"{part.array.dtype} cannot replace {info.dtype}"
-            continue
-        if part.quantised and len(parts) > 1:
-            yield "only a single update can quantise the base"
-        if part.magnitude is not None and (list(part.magnitude.shape) != shape[:-1] or len(parts) > 1):
-            yield f"a magnitude {list(part.magnitude.shape)} must be that of the rows of {shape}, in the only update"
-        b, a = list(part.b.shape), list(part.a.shape)
-        if len(a) != len(b) or len(b) not in (2, 3) or b[-1] != a[-2] or a[:-2] != b[:-2] or [*b[:-1], a[-1]] != shape:
-            yield f"b {b} @ a {a} must give the base's {shape}"
-        if info.dtype not in FLOATS:
-            yield f"a delta cannot be added to {info.dtype} (quantised weights need their scales)"
-
-
-def _is_finite(part: LowRank) -> bool:
-    arrays = [part.b, part.a, *([] if part.magnitude is None else [part.magnitude])]
-    return math.isfinite(part.scale) and all(bool(np.isfinite(array).all()) for array in arrays)
-
-
-def _other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
+def _other_files(base: Checkpoint, keep_index: bool) -> tuple[list[str], list[str]]:
     """(files to copy, files to leave) of all but the shards; refuses links that lead out of the folder."""
     root = base.folder.resolve()
     allowed = [root]
@@ -225,7 +147,7 @@ def _other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
     for name in walk_names(root):
         path = root / name
         target = path.resolve()
-        if name in base.shards:
+        if name in base.shards or (name == base.index_file and not keep_index):
             continue
         if name.startswith(_BOOKKEEPING):
             left.append(name)
@@ -241,45 +163,83 @@ def _other_files(base: Checkpoint) -> tuple[list[str], list[str]]:
     return sorted(copied), left
 
 
-def _refuse_nested(base: Path, out: Path) -> None:
-    if base == out or base.is_relative_to(out) or out.is_relative_to(base):
-        raise UserError(f"{out} and the base {base} must be two folders, neither inside the other")
+def _refuse_nested(base: Checkpoint, out: str | Path) -> None:
+    def path(where: str | Path) -> Path:
+        text = restore_url(where)
+        return Path("/", text.replace("://", "/")) if "://" in text else Path(text).resolve()
+
+    one, other = path(base.where), path(out)
+    if one == other or one.is_relative_to(other) or other.is_relative_to(one):
+        raise UserError(f"{restore_url(out)} and the base {base.where} must be two folders, neither inside the other")
 
 
-def _check_space(base: Checkpoint, files: list[str], folder: Path) -> None:
-    need = sum(shard.size for shard in base.shards.values())
+def _check_space(base: Checkpoint, plan: Layout, files: list[str], place: Destination, report: PatchReport) -> None:
+    need = sum(shard.size for shard in plan.shards if not place.has(shard.name, shard.size))
     need += sum((base.folder / name).stat().st_size for name in files)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise RunError(f"{folder.parent} has {free / 2**30:.2f} GiB free and the result needs "
+    free = place.free()
+    if free is not None and need > free:
+        raise RunError(f"the disk of {report.out} has {free / 2**30:.2f} GiB free and the result needs "
                        f"{need / 2**30:.2f} GiB: make room or choose another disk")
 
 
 # --- writing ---
 
 
-def _copy(source: Path, file: BinaryIO) -> None:
-    with open(source, "rb") as original:
-        shutil.copyfileobj(original, file, 1 << 20)
+@dataclass
+class _Writer:
+    base: Checkpoint
+    edits: Mapping[str, Edit]
+    place: Destination
+    report: PatchReport
+    progress: Progress | None
+    done: int = 0  # bytes of weights
 
+    def write_file(self, name: str, content: bytes | None) -> None:
+        """One of the other files: the base's, or with the content given."""
 
-def _write_shard(base: Checkpoint, shard: Shard, edits: Mapping[str, Edit], path: Path, report: PatchReport,
-                 pool: ThreadPoolExecutor, window: int, progress: Callable[[int, int], None] | None) -> None:
-    """Blocks are computed by the pool and written here in file order, at most `window` of them in memory."""
+        def write(file: BinaryIO) -> None:
+            file.write((self.base.folder / name).read_bytes() if content is None else content)
 
-    def write(file: BinaryIO) -> None:
-        file.write(base.read_header(shard.name))
-        report.bytes += shard.data_start
-        weights_before = sum(s.size - s.data_start for s in base.shards.values() if s.name < shard.name)
-        for name, block, change in _in_order(pool, _jobs(base, shard, edits), window):
-            file.write(block.reshape(-1).view(np.uint8))
-            report.bytes += block.nbytes
-            if change is not None:
-                report.changes[name].add(change)
-            if progress is not None:
-                progress(weights_before + file.tell() - shard.data_start, base.total_bytes)
+        self.place.write(name, write)
+        self.report.bytes += (self.base.folder / name).stat().st_size if content is None else len(content)
 
-    write_file(path, write)
+    def write_shards(self, plan: Layout, workers: int) -> None:
+        with single_threaded(), ThreadPoolExecutor(workers, "merge") as pool:
+            for shard in plan.shards:
+                if self.place.has(shard.name, shard.size):
+                    self.report.resumed.append(shard.name)
+                    for tensor in shard.tensors:
+                        self.report.changes.pop(tensor.name, None)
+                else:
+                    self._write_shard(shard, pool, 2 * workers)
+                self.report.bytes += shard.size
+                self.done += shard.size - len(shard.header)
+
+    def _write_shard(self, shard: OutShard, pool: ThreadPoolExecutor, window: int) -> None:
+        """Blocks are computed by the pool and written here in file order, at most `window` of them in memory."""
+
+        def write(file: BinaryIO) -> None:
+            done = self.done
+            for tensor in shard.tensors:  # from the start: an upload may be tried again
+                if tensor.name in self.edits:
+                    self.report.changes[tensor.name] = TensorChange(tensor.size)
+            file.write(shard.header)
+            for name, block, change in _in_order(pool, self._jobs(shard), window):
+                file.write(block.reshape(-1).view("u1").data)
+                if change is not None:
+                    self.report.changes[name].add(change)
+                done += block.nbytes
+                if self.progress is not None:
+                    self.progress(done, self.base.total_bytes)
+
+        self.place.write(shard.name, write)
+
+    def _jobs(self, shard: OutShard) -> Iterator[Callable]:
+        """One job a block, in file order."""
+        for info in shard.tensors:
+            tensor = updates.Tensor(self.base, info, self.edits.get(info.name))
+            for index in updates.blocks(info.shape):
+                yield partial(tensor.block, index)
 
 
 def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable], window: int) -> Iterator:
@@ -294,76 +254,3 @@ def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable], window: int) -
     finally:
         for future in pending:
             future.cancel()
-
-
-def _jobs(base: Checkpoint, shard: Shard, edits: Mapping[str, Edit]) -> Iterator[Callable]:
-    """One job a block, in file order; each returns (tensor name, its elements, change or None)."""
-    for info in shard.tensors:
-        edit = edits.get(info.name)
-        if edit is None:
-            job = partial(_base_block, base, info)
-        elif isinstance(edit, Replace):
-            job = partial(_replace_block, base, info, edit)
-        else:
-            job = partial(_add_block, base, info, edit)
-        for index in _blocks(info.shape):
-            yield partial(job, index)
-
-
-def _blocks(shape: Sequence[int]) -> Iterator[Index]:
-    """Cuts the first dim, and where one expert of a stack is too large its rows too, so that a block has about
-    _BLOCK_ELEMENTS; a scalar is one block."""
-    if not shape:
-        yield ()
-        return
-    inner = math.prod(shape[1:])
-    if len(shape) > 2 and inner > _BLOCK_ELEMENTS:
-        for first in range(shape[0]):
-            yield from ((slice(first, first + 1), *rest) for rest in _blocks(shape[1:]))
-        return
-    rows = max(1, _BLOCK_ELEMENTS // max(1, inner))
-    for start in range(0, shape[0], rows):
-        yield (slice(start, min(start + rows, shape[0])),)
-
-
-def _base_block(base: Checkpoint, info: TensorInfo, index: Index) -> tuple:
-    return info.name, base.read_slice(info.name, index), None
-
-
-def _add_block(base: Checkpoint, info: TensorInfo, parts: tuple[LowRank, ...], index: Index) -> tuple:
-    old_OI = base.read_slice(info.name, index)
-    experts = index[: len(info.shape) - 2]  # A is wanted whole, but of these experts alone
-    a_RI = np.concatenate([np.asarray(part.a[experts], np.float64) for part in parts], axis=-2)
-    b_OR = np.concatenate([np.asarray(part.b[index], np.float64) * part.scale for part in parts], axis=-1)
-    sum_OI = b_OR @ a_RI
-    largest = float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
-    # bfloat16 widens to float32 without loss, and numpy adds in place only what it knows itself.
-    old = old_OI.astype(np.float32) if old_OI.dtype.itemsize < 4 else old_OI
-    sum_OI += seen(old, parts[0])
-    if parts[0].magnitude is not None:  # blocks hold whole rows
-        sum_OI = to_length(sum_OI, np.asarray(parts[0].magnitude[index], np.float64))
-        largest = float(np.abs(sum_OI - old).max(initial=0.0))
-    return _finish(info, old_OI, sum_OI, largest)
-
-
-def seen(w_OI: np.ndarray, update: LowRank) -> np.ndarray:
-    """The base's rows as the update's run computed with them."""
-    return w_OI if update.quantised is None else round_trip(w_OI, *update.quantised)
-
-
-def _replace_block(base: Checkpoint, info: TensorInfo, edit: Replace, index: Index) -> tuple:
-    old, new = base.read_slice(info.name, index), np.asarray(edit.array[index])
-    wide = np.complex128 if old.dtype.kind == "c" else np.float64
-    with np.errstate(invalid="ignore"):  # not finite: _finish refuses it by name
-        largest = float(np.abs(new.astype(wide) - old.astype(wide)).max(initial=0.0))
-    return _finish(info, old, new, largest)
-
-
-def _finish(info: TensorInfo, old: np.ndarray, exact: np.ndarray, largest: float) -> tuple:
-    """Rounds once to the tensor's dtype and counts what moved."""
-    with np.errstate(over="ignore"):  # beyond the dtype's range is an infinity, refused below
-        new = np.ascontiguousarray(exact.astype(info.dtype, copy=False))
-    if not np.isfinite(new).all():
-        culprit = "the result" if np.isfinite(old).all() else "the base"
-        raise RunError(f"{info.name}: NaN or infinity in {culprit}: nothing was written")
-    return info.name, new, TensorChange(info.size, int(np.count_nonzero(old != new)), largest)

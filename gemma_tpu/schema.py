@@ -120,6 +120,7 @@ class LoraConfig:
     rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
     dora: bool = False  # the length of each row trains by itself
     init: Literal["kaiming", "pissa"] = "kaiming"  # random A and zero B | the base's largest singular values
+    init_from: Text | None = None  # a PEFT folder, ours or a foreign one, to go on from
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,8 @@ def _adapter_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that would do nothing, or that no arithmetic can serve together."""
     optim, lora, plain = config.optim, config.lora, LoraConfig()
     if config.train.method == "full":
-        given = [f"lora.{key}" for key in ("rank_pattern", "alpha_pattern", "layers", "rslora", "dora", "init")
+        given = [f"lora.{key}" for key in ("rank_pattern", "alpha_pattern", "layers", "rslora", "dora", "init",
+                                              "init_from")
                  if getattr(lora, key) != getattr(plain, key)]  # fmt: skip
         given += ["optim.loraplus_ratio"] * (optim.loraplus_ratio != 1)
         if given:
@@ -293,6 +295,9 @@ def _adapter_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         if config.model.quantise:
             told = f"train.method: full trains the base, and model.quantise ({config.model.quantise}) freezes it"
             yield ("train.method", "model.quantise"), f"{told}: remove one of the two"
+    if lora.init_from is not None and lora.init != "kaiming":
+        told = f"lora.init ({lora.init}) and lora.init_from ({lora.init_from}) are two ways to start"
+        yield ("lora.init", "lora.init_from"), f"{told}: remove one of the two"
     prefers, has_pairs = config.preference, config.recipe.rpartition("/")[2] == "dpo.py"
     if (prefers.loss is None) == has_pairs or (prefers.loss is None and prefers != PreferenceConfig()):
         told = f"preference.loss ({'null' if prefers.loss is None else prefers.loss}) and recipe ({config.recipe})"

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.header import Shard, TensorInfo, parse_json, read_shard
-from gemma_tpu.remote import Source
+from gemma_tpu.remote import LocalSource, Source
 from gemma_tpu.sources import open_source
 
 SINGLE_FILE = "model.safetensors"
@@ -166,6 +166,14 @@ def open_checkpoint(where: str | Path) -> Checkpoint:
     problems += shard_problems + _compare_index(weight_map, shards)
     _refuse(source, problems)
     return Checkpoint(source, shards, INDEX_FILE)
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one safetensors file that is no checkpoint by itself, e.g. an adapter's."""
+    source = LocalSource(path.parent)
+    shard = read_shard(source, path.name)
+    held = Checkpoint(source, [shard], None)
+    return {tensor.name: held.read(tensor.name) for tensor in shard.tensors}
 
 
 def _refuse(source: Source, problems: list[str]) -> None:

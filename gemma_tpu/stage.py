@@ -177,7 +177,7 @@ class _Copy:
     def _copy(self, file: File, progress: Callable[[int], None]) -> None:
         def upload() -> str:
             digest, done = _Digest(file), 0
-            with _writing(self.bucket, file.name) as out:
+            with writing(self.bucket, file.name) as out:
                 for chunk in _chunks(self.origin, file):
                     digest.update(chunk)
                     out.write(chunk)
@@ -203,7 +203,7 @@ class _Copy:
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         def write() -> None:
-            with _writing(self.bucket, name) as out:
+            with writing(self.bucket, name) as out:
                 out.write(json.dumps(state, indent=1).encode() + b"\n")
 
         persist(write, f"writing {self.bucket.path(name)}", _UPLOADS, self.bucket.count_retry)
@@ -251,7 +251,7 @@ def _chunks(source: Source, file: File) -> Iterator[bytearray]:
 
 
 @contextmanager
-def _writing(bucket: BucketSource, name: str) -> Iterator[BinaryIO]:
+def writing(bucket: BucketSource, name: str) -> Iterator[BinaryIO]:
     """A file that appears under its name when the block ends well, and not at all when it does not."""
     fs, path = bucket.fs, bucket.path(name)
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}

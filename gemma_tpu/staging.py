@@ -1,7 +1,8 @@
 """Writes a folder completely or not at all: into a hidden one beside it, renamed when all is on disk.
 
 A run that is killed leaves the target as it was. Its hidden folder is locked while the writer lives, so the
-next run can tell an abandoned one, which it clears, from one that is being written.
+next run can tell an abandoned one from one that is being written. It clears an abandoned one, unless that was
+written by the same plan: then it finds there what was finished.
 """
 
 import contextlib
@@ -15,15 +16,20 @@ from pathlib import Path
 
 from gemma_tpu.errors import RunError, UserError
 
-_REPLACEABLE = ("*.safetensors", "*.safetensors.index.json")
+REPLACEABLE = ("*.safetensors", "*.safetensors.index.json")
+_PLAN = ".gemma-tpu-plan"
 _MOST_STRAYS = 20  # enough to name; walking on could mean the whole disk
 # What flock answers on network filesystems that have none; there only the user keeps two writers apart.
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def staged(out: Path, files: set[str], overwrite: bool) -> Iterator[Path]:
-    """Gives the folder to write `files` (relative names) into; when the block ends well, it becomes `out`."""
+def staged(out: Path, files: set[str], overwrite: bool, plan: str | None = None) -> Iterator[Path]:
+    """Gives the folder to write `files` (relative names) into; when the block ends well, it becomes `out`.
+
+    With a plan, a folder that an attempt at the same plan has left is given as that left it. A failure clears the
+    folder; a kill or Ctrl-C leaves it for the next attempt.
+    """
     out = out.resolve()  # a link to a bigger disk stays a link
     check_target(out, files, overwrite)
     partial = out.with_name(f".{out.name}.gemma-tpu-partial")
@@ -32,13 +38,18 @@ def staged(out: Path, files: set[str], overwrite: bool) -> Iterator[Path]:
     try:
         _restore(out, previous)
         check_target(out, files, overwrite)
-        _clear(partial)
+        if plan is None or not _is_planned(partial, plan):
+            _clear(partial)
+            if plan is not None:
+                write_file(partial / _PLAN, lambda file: file.write(plan.encode()))
         yield partial
+        (partial / _PLAN).unlink(missing_ok=True)
         _fsync_folders(partial)
         check_target(out, files, overwrite)  # something may have come in while we wrote
         _swap(partial, out, previous)
-    except BaseException:  # Ctrl-C included: nothing half-written stays
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:  # nothing half-written stays, unless it can be gone on with
+        if plan is None or not isinstance(error, KeyboardInterrupt):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(lock)
@@ -56,7 +67,7 @@ def check_target(out: Path, files: set[str], overwrite: bool) -> None:
         raise UserError(f"{out} exists and is not empty: choose another folder, or allow overwriting it")
     strays = []
     for name in walk_names(out):
-        if name not in files and not any(fnmatch(name, pattern) for pattern in _REPLACEABLE):
+        if name not in files and not any(fnmatch(name, pattern) for pattern in REPLACEABLE):
             strays.append(name)
             if len(strays) == _MOST_STRAYS:
                 break
@@ -107,6 +118,11 @@ def _restore(out: Path, previous: Path) -> None:
         shutil.rmtree(previous)
     else:
         os.rename(previous, out)
+
+
+def _is_planned(folder: Path, plan: str) -> bool:
+    path = folder / _PLAN
+    return path.is_file() and path.read_bytes() == plan.encode()
 
 
 def _clear(folder: Path) -> None:

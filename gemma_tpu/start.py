@@ -1,4 +1,5 @@
 """How what trains starts: A random and B zero, or both from the base's largest singular values; magnitudes as norms.
+Or all of them from an adapter that is there.
 
 PiSSA's start is what the base would lose to the adapter. It is kept beside A and B and taken off the product, so the
 base stays as it was read: nothing of it is rounded again, and the first forward pass is the base's own.
@@ -14,17 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gemma_tpu import loading, lora
+from gemma_tpu import loading, lora, peft_folder
+from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
 from gemma_tpu.schema import LoraConfig
+from gemma_tpu.shards import Checkpoint
 from gemma_tpu.sites import Site, sites
 
 EXACT = 1024  # widths up to this: a full SVD; above it 16 rounds of subspace iteration, as PEFT's pissa_niter_16
 ROUNDS, MORE = 16, 8
 
 
-def begin(model: Decoder, section: LoraConfig, seed: int, shardings: Mapping[str, NamedSharding]) -> None:
-    """Give every adapter of a model whose base is loaded its first values."""
+def begin(model: Decoder, section: LoraConfig, seed: int, shardings: Mapping[str, NamedSharding],
+          base: Checkpoint | None = None) -> list[str]:
+    """Give every adapter of a model whose base is loaded its first values; tells what an adapter that it goes on from
+    has given. `base`: the checkpoint that this adapter is of."""
+    if section.init_from is not None:
+        if base is None:
+            raise UserError("lora.init_from: this recipe does not say which base the adapter is of")
+        values, notes = taken_up(model, section, seed, base)
+        loading.assign(model, loading.put(values | lora.constants(model), shardings))
+        return notes
     loading.assign(model, loading.put(lora.initial(model, seed) | lora.constants(model), shardings))
     for site in sites(model):
         one = site.projection
@@ -33,6 +44,14 @@ def begin(model: Decoder, section: LoraConfig, seed: int, shardings: Mapping[str
             loading.assign(model, {name: _norms(site, shardings[name])})
         if section.init == "pissa" and one.lora_a is not None:
             loading.assign(model, _singular(site, shardings))
+    return []
+
+
+def taken_up(model: Decoder, section: LoraConfig, seed: int,
+             base: Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:  # fmt: skip
+    """(the values of lora.init_from in this model's adapters, what is new in them)"""
+    adapter = peft_folder.read(section.init_from, base, model.arch)
+    return peft_folder.onto(adapter, model.arch, lora.initial(model, seed), lora.layout(model), section.dora)
 
 
 def _norms(site: Site, sharding: NamedSharding) -> jax.Array:

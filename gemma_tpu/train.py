@@ -102,10 +102,11 @@ class Trainer:
         return checkpoints.restore(latest, self.state["trained"], self.state["opt"])
 
     def record(self, data_state: dict[str, Any]) -> dict[str, Any]:
-        method = self.config.train.method
+        method, rows = self.config.train.method, self.loader.prepared
         return {
             "config": to_dict(self.config), "data": data_state, "base": self.base, "version": self.version,
             "method": method, "shapes": shapes_of(self.state["trained"]),
+            "rows": {"read": rows.rows, "kept": len(rows), "dropped": dict(rows.dropped.counts)},
             "adapter": lora.record(self.model, self.config.lora) if method == "lora" else None,
             "held_out": {str(at): loss for at, loss in self.losses.items()},
             "mesh": {axis: int(size) for axis, size in self.mesh.shape.items()}, "hosts": distributed.count(),

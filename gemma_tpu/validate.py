@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from gemma_tpu import assets, loading, lora, mesh, weights
+from gemma_tpu import assets, loading, lora, mesh, start, weights
 from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.model import Decoder
@@ -20,6 +20,7 @@ from gemma_tpu.pairs import PairRows
 from gemma_tpu.projection import Base
 from gemma_tpu.rows import Reader
 from gemma_tpu.schema import Config, DataConfig
+from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.tokenizer import Tokenizer
 
 FIRST_ROWS = 100
@@ -109,6 +110,9 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         return
     chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
+    if config.lora.init_from is not None:
+        _, notes = start.taken_up(model, config.lora, 0, open_checkpoint(config.model.path))
+        found.checked.append(f"lora.init_from: {'; '.join(notes)}")
 
 
 def _check_split(found: Findings, config: Config, model: Decoder) -> None:

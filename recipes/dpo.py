@@ -57,7 +57,8 @@ def main(config: Config) -> dict[str, Any]:
         say(line)
     loading.load_base(model, checkpoint, shardings)
     if chosen:
-        start.begin(model, config.lora, config.train.seed, shardings)
+        for line in start.begin(model, config.lora, config.train.seed, shardings, checkpoint):
+            say(line)
 
     trainer = Trainer(
         config, run, device_mesh, model, shardings, loader, held_out,

@@ -1,25 +1,20 @@
-"""Merge an Orbax checkpoint of a run into Hugging Face safetensors; the same as `gemma-tpu merge`.
+"""Merge an Orbax checkpoint into Hugging Face safetensors; the same as `gemma-tpu merge`.
 
     python scripts/orbax_to_hf.py runs/tiny_cpu --out models/mine
+    python scripts/orbax_to_hf.py --checkpoint ckpts --layout tunix --base models/gemma --rank 64 --alpha 64 --out m
 """
 
 import argparse
 import sys
-from functools import partial
-from pathlib import Path
 
-import gemma_tpu
+from gemma_tpu import handoff_cli
 from gemma_tpu.cli import run_script
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--out", type=Path, help="folder to write; by default the run's own merged/")
-    parser.add_argument("--base", type=Path, help="where the base lies now, if it has moved since training")
-    parser.add_argument("--step", type=int, help="a checkpoint's step; by default the latest")
-    args = parser.parse_args()
-    return run_script(partial(gemma_tpu.merge, out=args.out, base=args.base, step=args.step), args.run_dir)
+    handoff_cli.add_merge_arguments(parser)
+    return run_script(handoff_cli.merge, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Whole runs with adapters and bases of other kinds: trained on a mesh, resumed, loaded, merged, and proved."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from runs_helper import run_config, saved, tensors, train
 
 import gemma_tpu
-from gemma_tpu import adapters, lowrank
+from gemma_tpu import adapters, lowrank, merging
 from gemma_tpu.errors import UserError
 from gemma_tpu.loading import architecture
 from gemma_tpu.shards import open_checkpoint
@@ -50,6 +51,27 @@ def test_it_merges_onto_either_base_and_the_proof_holds(run, base16, tmp_path, o
     assert len(changed) == report["tensors_changed"]
     in_layer_2 = any(".layers.2." in name for name in changed)  # no adapter there, and yet it was quantised
     assert in_layer_2 == (onto == "dequantised")
+    if onto == "dequantised":
+        assert "original weights" in proof["clients"]["peft"]
+    else:  # PEFT has read the folder: DoRA, both ranks, twice as wide for PiSSA, nothing in layer 2
+        pytest.importorskip("peft")
+        assert proof["clients"]["peft"]["max_logit_difference"] <= proof["clients"]["peft"]["bound"]
+
+
+def test_its_adapter_goes_out_as_peft_folder_and_trains_on(run, base16, compile_cache, tmp_path):
+    with pytest.raises(UserError, match="has no portable form"):
+        merging.export_adapter(run, out=tmp_path / "portable")
+    merging.export_adapter(run, out=tmp_path / "native", native=True)
+    config = json.loads((tmp_path / "native/adapter_config.json").read_text())
+    assert config["use_dora"] and config["r"] == 8 and {*config["rank_pattern"].values()} == {12}
+    again = ("train.steps=1", "optim.lr=1e-30", f"lora.init_from={tmp_path / 'native'}", "lora.rank=8",
+             "lora.rank_pattern={mlp.up_proj: 12}", "lora.dora=true", "lora.layers=[0, 1, 3]")  # fmt: skip
+    train(run_config(base16, tmp_path / "again", *again))
+    base = open_checkpoint(base16)
+    wanted, found = (adapters.read(one).by_tensor(architecture(base)) for one in (run, tmp_path / "again"))
+    assert wanted.keys() == found.keys()
+    for hf, one in wanted.items():
+        np.testing.assert_allclose(found[hf].merged(base.read(hf)), one.merged(base.read(hf)), rtol=1e-4, atol=1e-5)
 
 
 def test_one_proof_does_not_pass_for_the_other_merge(run, tmp_path):

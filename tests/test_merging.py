@@ -94,11 +94,12 @@ def test_k_and_v_have_adapters_of_their_own(trained):
 def test_what_is_not_trained_is_the_bases_byte_for_byte(trained):
     base, _, merged, report = trained
     before, after = files(base), files(merged)
+    assert b"fine-tuned" in (card := after.pop("README.md"))
     assert before.keys() == after.keys(), "shards, index, config, tokenizer, template, generation config"
     differing = {name for name in before if before[name] != after[name]}
     assert differing and all(name.endswith(".safetensors") for name in differing)
     assert len(list(merged.glob("*.safetensors"))) == 3
-    assert report["bytes"] == sum(map(len, after.values()))
+    assert report["bytes"] == len(card) + sum(map(len, after.values()))
     one, other = tensors(base), tensors(merged)
     still = [name for name in one if projection(name) is None]
     assert len(still) == report["tensors_copied"] and any("vision" in name for name in still)
@@ -264,7 +265,9 @@ def test_a_run_on_a_base_of_the_hub_trains_and_merges_to_the_bytes_of_one_on_a_f
     ours, theirs = saved(tmp_path / "run", STEPS), saved(whole_run, STEPS)
     assert ours.keys() == theirs.keys()
     assert all(ours[path].tobytes() == theirs[path].tobytes() for path in theirs)
-    assert files(tmp_path / "merged") == files(whole_merged)
+    merged, wanted = files(tmp_path / "merged"), files(whole_merged)
+    assert b"base_model: org/model\n" in merged.pop("README.md") and wanted.pop("README.md")
+    assert merged == wanted
 
 
 def test_a_base_in_a_bucket_merges_to_the_bytes_of_the_folder(copy, base32, whole_merged, tmp_path, monkeypatch):
@@ -290,7 +293,7 @@ def updates(trained: adapters.Trained, base) -> dict:
 @pytest.mark.parametrize("path", ["blocks.0.7.mlp.up_proj.lora_a", "blocks.0.0.mlp.experts.lora_b"])
 def test_an_adapter_tensor_without_a_place_is_an_error_that_names_it(path, whole_run, base32):
     odd = with_values(whole_run, lambda values: values.update({path: jnp.ones((2, 4, 8))}))
-    with pytest.raises(UserError, match=f"belong to no weight of the base:\n  {path}"):
+    with pytest.raises(UserError, match=f"belong, in whole or in part, to no weight of the base:\n  {path}"):
         updates(odd, base32)
     with pytest.raises(UserError, match=f"belong to no projection of this model:\n  {path}"):
         gemma_tpu.load(base32, adapter=odd)
@@ -301,7 +304,7 @@ def test_half_of_k_and_v_or_a_layer_that_is_left_over_is_an_error(lost, whole_ru
     """The tensor is used, but not all of it."""
     entries = weights.entries
     monkeypatch.setattr(weights, "entries", lambda arch: (e for e in entries(arch) if lost not in e.hf))
-    with pytest.raises(UserError, match="of the adapter's 10,752 numbers have a place"):
+    with pytest.raises(UserError, match="belong, in whole or in part, to no weight of the base"):
         updates(adapters.read(whole_run), base32)
 
 
@@ -320,7 +323,8 @@ def test_a_folder_that_is_no_run_is_said(base32, tmp_path):
 
 def test_the_record_names_everything_that_a_merge_needs(whole_run, base32):
     record = adapters.read(whole_run).record
-    assert record["adapter"] == {"rank": 4, "alpha": 8.0} and record["method"] == "lora"
+    assert (record["adapter"]["rank"], record["adapter"]["alpha"], record["method"]) == (4, 8.0, "lora")
+    assert {*map(str, record["adapter"]["layout"]["blocks.0.0.mlp.up_proj"]["scales"])} == {"2.0"}
     assert record["base"]["folder"] == str(base32)
     assert record["config"]["lora"]["rank"] == 4 and record["version"] == gemma_tpu.__version__
     assert json.dumps(record), "plain data"

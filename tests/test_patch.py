@@ -1,5 +1,6 @@
 """The patch writer: exact sums, untouched bytes untouched, and a target that is whole or absent."""
 
+import contextlib
 import errno
 import json
 import os
@@ -10,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gemma_tpu import patch, staging
+from gemma_tpu import destination, layout, patch, quantise, staging
+from gemma_tpu import updates as arithmetic
 from gemma_tpu.difference import compare, ulp_distance
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.patch import LowRank, Replace, write_patched
@@ -103,7 +106,7 @@ def test_cancelling_weight_and_delta_stay_within_one_ulp(tmp_path):
 def test_the_result_does_not_depend_on_blocks_or_workers(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base")
     write_patched(base, tmp_path / "whole", updates(), workers=1)
-    monkeypatch.setattr(patch, "_BLOCK_ELEMENTS", 1000)  # 1 to 3 rows a block, the last one short
+    monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", 1000)  # 1 to 3 rows a block, the last one short
     report = write_patched(base, tmp_path / "cut", updates() | {"experts": Replace(base.read("experts"))},
                            workers=3)
     assert tree(tmp_path / "whole") == tree(tmp_path / "cut")
@@ -284,7 +287,7 @@ def test_a_target_in_or_around_the_base_is_refused(tmp_path):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base")
-    monkeypatch.setattr(patch.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
+    monkeypatch.setattr(destination.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**18}))
     said = refused(base, tmp_path / "out", updates(), RunError)
     assert "has 0.00 GiB free and the result needs 0.00 GiB" in said
     assert entries(tmp_path) == {"base"}
@@ -410,9 +413,9 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from gemma_tpu import patch
+from gemma_tpu import patch, updates
 from gemma_tpu.shards import open_checkpoint
-patch._BLOCK_ELEMENTS = 2000
+updates.BLOCK_ELEMENTS = 2000
 def slowly(done, total):
     print(done, flush=True)
     time.sleep(0.002)
@@ -421,14 +424,14 @@ patch.write_patched(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), {"q":
 """
 
 
-def test_a_kill_at_any_moment_leaves_the_target_absent_and_the_next_run_clean(tmp_path):
+def test_ten_kills_at_any_moment_leave_the_target_absent_and_the_next_run_clean(tmp_path):
     base = make_base(tmp_path / "base")
     pick = random.Random(0)
-    for _ in range(3):
+    for _ in range(10):
         command = [sys.executable, "-c", KILLED, str(tmp_path / "base"), str(tmp_path / "out")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as child:
             assert child.stdout.readline()  # it is writing by now
-            time.sleep(pick.uniform(0, 0.15))
+            time.sleep(pick.uniform(0, 0.15))  # the whole would take 0.3 s
             child.send_signal(signal.SIGKILL)
         assert child.returncode == -signal.SIGKILL  # it was not done yet
         assert not (tmp_path / "out").exists()
@@ -436,6 +439,193 @@ def test_a_kill_at_any_moment_leaves_the_target_absent_and_the_next_run_clean(tm
     write_patched(base, tmp_path / "out", updates())
     assert entries(tmp_path) == {"base", "out"}
     assert tree(tmp_path / "out").keys() == tree(tmp_path / "base").keys()
+
+
+def killed_in_the_second_shard(tmp_path, monkeypatch, base, out, changes):
+    """Ctrl-C, which leaves what a kill leaves."""
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done > base.shards[ONE].size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_patched(base, out, changes, progress=stop)
+
+
+def test_an_interrupted_merge_goes_on_with_the_shards_that_it_had_finished(tmp_path, monkeypatch):
+    base, out = make_base(tmp_path / "base"), tmp_path / "out"
+    write_patched(base, tmp_path / "whole", updates())
+    killed_in_the_second_shard(tmp_path, monkeypatch, base, out, updates())
+    finished = (tmp_path / ".out.gemma-tpu-partial" / ONE).stat()
+    report = write_patched(base, out, updates())
+    assert (out / ONE).stat().st_ino == finished.st_ino and (out / ONE).stat().st_mtime_ns == finished.st_mtime_ns
+    assert report.resumed == [ONE] and "q" not in report.changes and report.changes["down"].moved > 0
+    assert tree(out) == tree(tmp_path / "whole") and entries(tmp_path) == {"base", "out", "whole"}
+
+
+def test_another_merge_never_goes_on_with_them(tmp_path, monkeypatch):
+    base, out = make_base(tmp_path / "base"), tmp_path / "out"
+    other = {**updates(), "q": low_rank(192, 320, seed=9)}
+    write_patched(base, tmp_path / "whole", other)
+    for changes, size in ((other, None), (updates(), 4 << 20)):
+        killed_in_the_second_shard(tmp_path, monkeypatch, base, out, updates())
+        assert write_patched(base, out, changes, max_shard_bytes=size).resumed == []
+        if size is None:
+            assert tree(out) == tree(tmp_path / "whole")
+        for path in out.iterdir():
+            path.unlink() if path.is_file() else staging.shutil.rmtree(path)
+
+
+# --- shards of another size, and buckets ---
+
+
+def test_new_shards_hold_the_same_tensors_and_none_is_too_large(tmp_path):
+    base = make_base(tmp_path / "base")
+    write_patched(base, tmp_path / "like", updates())
+    like = open_checkpoint(tmp_path / "like")
+    for size in (200_000, 340_000, 1 << 30):
+        out = tmp_path / str(size)
+        write_patched(base, out, updates(), max_shard_bytes=size)
+        cut = open_checkpoint(out)  # which holds index and headers against each other
+        assert {n: cut.read(n).tobytes() for n in cut.names()} == {n: like.read(n).tobytes() for n in like.names()}
+        for shard in cut.shards.values():
+            held = sum(t.end - t.start for t in shard.tensors)
+            assert held <= size or len(shard.tensors) == 1
+            assert all(t.start % t.dtype.itemsize == 0 for t in shard.tensors)
+            with safe_open(out / shard.name, "numpy") as file:
+                assert set(file.keys()) == {t.name for t in shard.tensors}
+            assert b'"note":"kept"' in cut.read_header(shard.name)
+    assert len(open_checkpoint(tmp_path / "200000").shards) > 2
+    assert entries(tmp_path / str(1 << 30)) == {"model.safetensors", "config.json", "tokenizer.json",
+                                                "chat_template.jinja", "sub"}
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("77", 77)])
+def test_sizes_of_shards_are_read(text, size):
+    assert layout.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "five", "0GB", "-1GB", "5 TB", "GB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UserError, match="a shard's size must be a number above 0"):
+        layout.parse_size(text)
+
+
+@pytest.fixture
+def bucket():
+    memory = fsspec.filesystem("memory")
+    yield memory
+    if memory.exists("/patch"):
+        memory.rm("/patch", recursive=True)
+
+
+def held(memory) -> dict[str, bytes]:
+    return {name.removeprefix("/patch/out/"): memory.cat_file(name) for name in memory.find("/patch/out")}
+
+
+def test_a_bucket_gets_the_bytes_of_a_folder_and_config_and_index_last(tmp_path, bucket, monkeypatch):
+    base, order = make_base(tmp_path / "base"), []
+    write_patched(base, tmp_path / "out", updates())
+    write = destination.Bucket.write
+    monkeypatch.setattr(destination.Bucket, "write",
+                        lambda self, name, fill: (order.append(name), write(self, name, fill))[1])
+    report = write_patched(base, "memory://patch/out", updates())
+    assert held(bucket) == tree(tmp_path / "out") and report.out == "memory://patch/out"
+    assert order[-2:] == ["config.json", INDEX_FILE]
+    assert open_checkpoint("memory://patch/out").read("q").tobytes() == load_file(tmp_path / "out" / ONE)["q"].tobytes()
+
+
+def test_an_interrupted_merge_into_a_bucket_is_no_model_and_goes_on(tmp_path, bucket, monkeypatch):
+    base = make_base(tmp_path / "base")
+    write_patched(base, tmp_path / "out", updates())
+    killed_in_the_second_shard(tmp_path, monkeypatch, base, "memory://patch/out", updates())
+    assert ONE in held(bucket) and not {"config.json", INDEX_FILE, TWO} & held(bucket).keys()
+    with pytest.raises(UserError, match="holds neither"):
+        open_checkpoint("memory://patch/out")
+    assert write_patched(base, "memory://patch/out", updates()).resumed == [ONE]
+    assert held(bucket) == tree(tmp_path / "out")
+
+
+def test_an_upload_that_breaks_off_is_made_again_whole(tmp_path, bucket, monkeypatch):
+    base, faults = make_base(tmp_path / "base"), [OSError("reset")]
+    write_patched(base, tmp_path / "out", updates())
+    writing = destination.stage.writing
+
+    @contextlib.contextmanager
+    def broken(place, name):
+        with writing(place, name) as file:
+            yield file
+            if name == TWO and faults:
+                raise faults.pop()
+
+    monkeypatch.setattr(destination.stage, "writing", broken)
+    monkeypatch.setattr("gemma_tpu.retry.time.sleep", lambda seconds: None)
+    whole = write_patched(base, "memory://patch/out", updates())
+    assert not faults and held(bucket) == tree(tmp_path / "out")
+    assert whole.changes["down"].moved <= whole.changes["down"].elements
+
+
+def test_what_lies_in_a_bucket_is_kept_without_leave(tmp_path, bucket):
+    base = make_base(tmp_path / "base")
+    write_patched(base, "memory://patch/out", updates())
+    first = held(bucket)
+    with pytest.raises(UserError, match="is not empty"):
+        write_patched(base, "memory://patch/out", {"q": low_rank(192, 320, seed=9)})
+    assert held(bucket) == first
+    write_patched(base, "memory://patch/out", updates(), max_shard_bytes=200_000, overwrite=True)
+    assert ONE not in held(bucket) and len(open_checkpoint("memory://patch/out").shards) > 2
+    bucket.pipe_file("/patch/out/notes.txt", b"precious")
+    with pytest.raises(UserError, match="would lose files.*notes.txt"):
+        write_patched(base, "memory://patch/out", updates(), overwrite=True)
+    with pytest.raises(UserError, match="write to a folder or a bucket"):
+        write_patched(base, "hf://org/name", updates())
+    with pytest.raises(UserError, match="neither inside the other"):
+        write_patched(open_checkpoint("memory://patch/out"), "memory://patch/out/merged", updates())
+
+
+def test_a_shard_is_tried_and_nothing_stays(tmp_path):
+    base = make_base(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    report = patch.try_shard(base, tmp_path / "run", updates())
+    assert not list((tmp_path / "run").iterdir()) and report.tensors_changed == len(report.changes) > 0
+    assert report.bytes == min(shard.size for shard in base.shards.values())
+
+
+# --- magnitudes and quantised bases ---
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_what_the_run_saw(tmp_path, kind):
+    base, part = make_base(tmp_path / "base"), low_rank(192, 320)
+    asked = LowRank(part.b, part.a, part.scale, quantised=(kind, 64))
+    report = write_patched(base, tmp_path / "out", {"q": asked})
+    exact = quantise.round_trip(base.read("q"), kind, 64) + delta(part)
+    assert ulp_distance(open_checkpoint(tmp_path / "out").read("q"), exact.astype(np.float32).astype(BF16)).max() <= 1
+    assert report.changes["q"].max_delta == pytest.approx(np.abs(exact - base.read("q").astype(np.float64)).max())
+    assert "must be the only one" in refused(base, tmp_path / "two", {"q": [asked, part]})
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.float32])
+def test_a_magnitude_sets_the_length_of_every_row(tmp_path, dtype):
+    base, part = make_base(tmp_path / "base", dtype), low_rank(192, 320)
+    magnitude = np.random.default_rng(3).uniform(0.5, 2, 192).astype(np.float32)
+    report = write_patched(base, tmp_path / "out", {"q": LowRank(part.b, part.a, part.scale, magnitude)})
+    sum_OI = base.read("q").astype(np.float64) + delta(part)
+    exact = sum_OI * (magnitude / np.sqrt((sum_OI**2).sum(1)))[:, None]
+    got = open_checkpoint(tmp_path / "out").read("q")
+    assert ulp_distance(got, exact.astype(dtype)).max() <= 1
+    assert np.linalg.norm(got.astype(np.float64), axis=1) == pytest.approx(magnitude, rel=1e-2)
+    assert report.changes["q"].max_delta == pytest.approx(np.abs(exact - base.read("q").astype(np.float64)).max())
+
+
+def test_a_magnitude_of_another_shape_or_beside_another_update_is_refused(tmp_path):
+    base, part = make_base(tmp_path / "base"), low_rank(192, 320)
+    short = LowRank(part.b, part.a, 1.0, np.ones(320, np.float32))
+    assert "its magnitude [320] must be one number a row of [192, 320]" in refused(base, tmp_path / "out", {"q": short})
+    right = LowRank(part.b, part.a, 1.0, np.ones(192, np.float32))
+    assert "must be the only one" in refused(base, tmp_path / "out", {"q": [right, part]})
 
 
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path):

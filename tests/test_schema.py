@@ -172,6 +172,7 @@ def test_every_key_has_its_range_tested():
         "train.compile_cache",
         "lora.targets",
         "lora.exclude",
+        "lora.init_from",
         "checkpoint.folder",
         "log.project",
         "eval.prompts",

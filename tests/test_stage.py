@@ -135,14 +135,14 @@ def test_a_copy_that_dies_in_the_middle_of_a_file_leaves_none_of_it(hub, files, 
 
 def test_interrupted_reads_and_uploads_are_tried_again(hub, files, target, monkeypatch):
     source_faults, upload_faults = [503, "drop", "short"], [OSError("reset")]
-    real = stage_module._writing
+    real = stage_module.writing
 
     def writing(bucket, name):
         if name == SHARDS[1] and upload_faults:
             raise upload_faults.pop()
         return real(bucket, name)
 
-    monkeypatch.setattr(stage_module, "_writing", writing)
+    monkeypatch.setattr(stage_module, "writing", writing)
     hub.faults = source_faults
     assert stage(hub.repo, target)["retries"] == 4
     assert held(target)[SHARDS[1]] == files[SHARDS[1]]
@@ -283,9 +283,9 @@ class ObjectStore:
 def test_an_upload_to_an_object_store_is_committed_whole_or_discarded(capsys):
     for store in (ObjectStore(), ObjectStore(discard_fails=True)):
         bucket = SimpleNamespace(fs=store, path=lambda name: f"bucket/{name}")
-        with stage_module._writing(bucket, "whole") as out:
+        with stage_module.writing(bucket, "whole") as out:
             out.write(b"all of it")
-        with pytest.raises(KeyboardInterrupt), stage_module._writing(bucket, "half") as out:
+        with pytest.raises(KeyboardInterrupt), stage_module.writing(bucket, "half") as out:
             out.write(b"half")
             raise KeyboardInterrupt
         assert store.objects == {"bucket/whole": b"all of it"} and store.calls == ["close", "discard"]
