@@ -286,7 +286,7 @@ def compare_merge(folder: Path, out: Path, experts: bool = False) -> tuple[float
     run = trained(model, helpers.adapter_of(model), method="lora")
     write_patched(base, out, merging.updates_of(run, model.arch))
     report = verify.Report()
-    verify._compare_tensors(report, run, base, open_checkpoint(out))
+    verify._compare_tensors(report, run, base, open_checkpoint(out), "original")
     assert not report.failures, report.failures
     batch = helpers.padded_rows(model.arch.vocab, 32)
     real = batch["segment_ids"] > 0

@@ -208,7 +208,8 @@ def test_a_wide_weight_starts_from_the_same_singular_values_without_a_full_svd(m
     np.testing.assert_allclose(found[1], exact[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dora", pytest.param("all at once", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dora", "all at once"])
 @pytest.mark.parametrize("split", [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow),
                                    pytest.param((1, 4), marks=pytest.mark.slow)])  # fmt: skip
 def test_a_mesh_changes_neither_loss_nor_gradients(tiny, kind, split):

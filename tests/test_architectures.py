@@ -16,7 +16,7 @@ from arch_helper import CASES, EXPERTS, TEXT_ONLY, rewritten
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import hf_config, loading, lora, mesh, patch, sizes, weights
+from gemma_tpu import hf_config, loading, lora, mesh, patch, sizes, updates, weights
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import MeshConfig
 from gemma_tpu.shards import open_checkpoint
@@ -216,11 +216,11 @@ def stack_of_experts(folder, *shape: int):
 
 @pytest.mark.parametrize("block", [7, 40, 10_000], ids=["within an expert", "several experts", "all at once"])
 def test_a_stack_of_experts_is_patched_in_blocks_exactly(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(patch, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(updates, "BLOCK_ELEMENTS", block)
     base, rng = stack_of_experts(tmp_path / "base", 5, 3, 4), np.random.default_rng(1)
     b, a = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 3, 2), (5, 2, 4)))
     report = patch.write_patched(open_checkpoint(tmp_path / "base"), tmp_path / "out",
-                                 {"experts.up": patch.LowRank(b=b, a=a, scale=0.5)})  # fmt: skip
+                                 {"experts.up": updates.LowRank(b=b, a=a, scale=0.5)})  # fmt: skip
     out = open_checkpoint(tmp_path / "out")
     exact = base.astype(np.float64) + 0.5 * (b.astype(np.float64) @ a.astype(np.float64))
     assert np.array_equal(out.read("experts.up"), exact.astype(np.float32))
@@ -233,7 +233,7 @@ def test_a_stack_of_experts_is_patched_in_blocks_exactly(tmp_path, monkeypatch, 
 )
 def test_an_update_that_does_not_fit_a_stack_of_experts_is_refused(tmp_path, b, a):
     stack_of_experts(tmp_path / "base", 5, 3, 4)
-    update = patch.LowRank(b=np.zeros(b, np.float32), a=np.zeros(a, np.float32), scale=1.0)
+    update = updates.LowRank(b=np.zeros(b, np.float32), a=np.zeros(a, np.float32), scale=1.0)
     with pytest.raises(UserError, match=r"must give the base's \[5, 3, 4\]"):
         patch.write_patched(open_checkpoint(tmp_path / "base"), tmp_path / "out", {"experts.up": update})
 

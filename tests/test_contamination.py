@@ -1,12 +1,12 @@
 """Contamination: copies are found whatever their layout, and a form of words that all problems share is none."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from gemma_tpu import contamination
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import DataConfig
 
 FORM = "I would like you to implement a module named TopModule with the following interface of one bit ports"
 WORDS = [f"word{number}" for number in range(200)]
@@ -44,8 +44,8 @@ def test_the_rows_are_those_that_the_config_trains_on(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "a b", "response": "c"}, {"prompt": "d", "response": "e"}, {"prompt": "f", "response": "g"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    section = SimpleNamespace(path=str(path), format="auto", transform=None, limit=2)
+    section = DataConfig(path=str(path), limit=2, strict=True)
     assert list(contamination.training_rows(section)) == [("rows.jsonl:1", "a b\nc"), ("rows.jsonl:2", "d\ne")]
-    path.write_text("{oops\n")
+    path.write_text('{"prompt": "a b", "response": "c"}\n{oops\n')
     with pytest.raises(UserError, match="cannot be used"):
         list(contamination.training_rows(section))

@@ -112,6 +112,7 @@ def test_the_rules_together_keep_what_transformers_keeps():
     assert set(drawn) == set(np.flatnonzero(np.isfinite(wanted[0].numpy())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}], ids=str)
 def test_a_large_vocabulary_is_drawn_from_as_well(settings):
     """5,000 tokens: several groups, the last of them not full. Tokens of a hundred likelihoods, counted together."""

@@ -48,7 +48,9 @@ def by_torch(section, policy, reference, batch):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSES if name != "dpo")]
+)
 def test_the_loss_is_the_formulas(tiny, name):
     torch = pytest.importorskip("torch")
     folder = tiny(**SMALL)

@@ -242,6 +242,7 @@ def test_the_report_shows_what_the_run_folder_knows(watched, capsys):
     assert json.loads(capsys.readouterr().out) == {"report": str(page)} and page.read_text() == text
 
 
+@pytest.mark.slow
 def test_saving_by_time_and_a_profile(base32, compile_cache, tmp_path):
     train(run_config(
         base32, tmp_path / "run", "checkpoint.every=1000", "checkpoint.seconds=0.000001", "checkpoint.keep=9",
