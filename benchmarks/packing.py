@@ -46,8 +46,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._ids[: self.lengths[row]], self._mask[: self.lengths[row]]
+    def pieces(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self._ids[: self.lengths[row]], self._mask[: self.lengths[row]])]
 
 
 def loader_of(rows: Rows, packing: str) -> Loader:
