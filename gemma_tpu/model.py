@@ -20,13 +20,14 @@ from gemma_tpu import kv_cache
 from gemma_tpu.attention import against_cache, attention
 from gemma_tpu.experts import Mixture
 from gemma_tpu.kv_cache import Pair, Rings
-from gemma_tpu.mesh import constrain
+from gemma_tpu.mesh import constrain, platform
 from gemma_tpu.projection import Base, LoRA, Projection
 from gemma_tpu.variants import Architecture, Block, Layer, Rope
 
 # "none", "full", or the names of the activations to keep: on the device, or ("gate@host") in the host's memory
 Remat = str | Sequence[str]
 HOST = "@host"
+MOST_UNROLLED = 8  # repeats of a period, where layers are unrolled at all
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,9 @@ def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer,
             kept.append(None if layer.kv_shared else kv)
         return (x_BTD, shared), tuple(kept) if how.keep else None
 
-    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer))
+    # Elsewhere a loop compiles faster and holds less; a CPU pays for its stacks of activations with copies of them.
+    unroll = platform() == "cpu" and block.repeats <= MOST_UNROLLED
+    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
 
 
 def _rematerialise(run, remat: Remat):

@@ -8,6 +8,7 @@ import yaml
 from gemma_tpu import flags
 from gemma_tpu.assets import resolve
 
+YNN = "xla_cpu_experimental_ynn_fusion_type"
 PERMUTES, USERS = "xla_max_concurrent_async_collective_permutes", "xla_tpu_skip_checking_windowed_einsum_users"
 
 
@@ -24,7 +25,7 @@ def test_every_flag_says_why_and_what_was_measured():
             assert all(str(value) for value in entry.values())
 
 
-def test_a_cpu_gets_none_and_a_tpu_those_of_its_platform_and_mesh():
-    assert flags.for_mesh(mesh_of("cpu", "cpu", fsdp=4)) == {}
+def test_a_cpu_gets_its_own_and_a_tpu_those_of_its_platform_and_mesh():
+    assert flags.for_mesh(mesh_of("cpu", "cpu", fsdp=4)) == {YNN: "LIBRARY_FUSION_TYPE_DOT"}
     assert flags.for_mesh(mesh_of("tpu", "TPU v5", fsdp=4)) == {PERMUTES: 2, USERS: True}
     assert flags.for_mesh(mesh_of("tpu", "TPU v5", fsdp=2, tp=2)) == {PERMUTES: 2}
