@@ -4,11 +4,11 @@ Which process does a chunk changes nothing: a chunk's result is a function of th
 """
 
 import hashlib
-import inspect
 import itertools
 import time
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,14 +17,21 @@ import numpy as np
 from gemma_tpu.errors import UserError
 from gemma_tpu.formats import Conversation, Preference, RowFault, Text
 from gemma_tpu.rows import Account, Chunk, Converter, Row
+from gemma_tpu.tokenizer import Draft, Rendered, Tools, TrainOn
 
 SIDES = ("chosen", "rejected")
+THOUGHTS_LOST = "messages whose reasoning the chat template leaves out"
 
 
 class Tokenizer(Protocol):
+    """A row is drafted, its texts are encoded among those of other rows, and then it is finished."""
+
     pad_id: int
 
-    def training(self, messages: list[dict[str, Any]], train_on: str) -> tuple[list[int], list[bool]]: ...
+    def draft(self, messages: list[dict[str, Any]], train_on: TrainOn, *, tools: Tools = None) -> Draft: ...
+    def draft_text(self, text: str) -> Draft: ...
+    def encode_all(self, texts: list[str]) -> list[list[int]]: ...
+    def finish(self, draft: Draft, encoded: Iterator[list[int]]) -> Rendered: ...
 
 
 @dataclass(frozen=True)
@@ -62,70 +69,87 @@ class Encoded:
         self.hashes.append(int.from_bytes(digest, "little"))
 
 
+@dataclass
+class Drafted:
+    """A chunk whose texts are still to be encoded."""
+
+    rows: list[tuple[Row, Draft]]
+    texts: list[str]
+    account: Account
+
+
 class Encoder:
     """One process's share of the work."""
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer):
-        self._settings, self._tokenizer = settings, tokenizer
+        self._settings, self.tokenizer = settings, tokenizer
         self._converter = Converter(settings.columns, settings.transforms)
-        self._takes_tools = "tools" in inspect.signature(tokenizer.training).parameters
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        out = Encoded()
+        drafted = self.draft(chunk)
+        return self.finish(drafted, self.tokenizer.encode_all(drafted.texts))
+
+    def draft(self, chunk: Chunk) -> Drafted:
         if chunk.form == "preference" and not self._settings.side:
             raise UserError(f"{chunk.records[0][0].text} is a preference pair (chosen and rejected), which has no "
                             "single answer to train on: this recipe takes conversations or text")  # fmt: skip
+        out = Drafted([], [], Account())
         for row in self._converter.rows(chunk, out.account):
             try:
-                ids, mask = self._tokens(row)
-                if not any(mask):
-                    raise RowFault("no_target", "no token of it is trained")
-            except RowFault as fault:
-                out.account.fault(fault, row.place.text)
+                draft = self._drafted(row)
             except UserError as error:
                 out.account.fault(RowFault("template", str(error)), row.place.text)
             else:
-                out.add(row, ids, mask)
-        said = getattr(self._tokenizer, "said", None)  # what the template left out, as the tokenizer counts it
-        if said:
-            out.account.said.update(said)
-            said.clear()
+                out.rows.append((row, draft))
+                out.texts += draft.texts
         return out
 
-    def _tokens(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Ids and mask. The first token is never a target: nothing stands before it."""
-        parsed = row.parsed
+    def _drafted(self, row: Row) -> Draft:
+        parsed, train_on = row.parsed, self._settings.train_on
         if isinstance(parsed, Text):
-            ids = self._tokenizer.encode(parsed.text, bos=True)
-            eos = self._tokenizer.eos_id
-            ids = ids if eos is None else [*ids, eos]
-            return ids, [False] + [True] * (len(ids) - 1)
+            return self.tokenizer.draft_text(parsed.text)
         if isinstance(parsed, Preference):
-            ids, mask = self._rendered(parsed.prompt + getattr(parsed, self._settings.side), parsed.tools)
-        else:
-            assert isinstance(parsed, Conversation)
-            ids, mask = self._rendered(parsed.messages, parsed.tools)
-        if len(ids) != len(mask):
-            raise ValueError(f"{row.place.text}: the tokenizer gave {len(ids)} ids and {len(mask)} mask entries")
-        return ids, [False, *mask[1:]]
+            messages = parsed.prompt + getattr(parsed, self._settings.side)
+            return self.tokenizer.draft(messages, train_on, tools=parsed.tools)
+        assert isinstance(parsed, Conversation)
+        return self.tokenizer.draft(parsed.messages, train_on, tools=parsed.tools)
 
-    def _rendered(self, messages: list[dict], tools: list[dict] | None) -> tuple[list[int], list[bool]]:
-        if tools is None:
-            return self._tokenizer.training(messages, self._settings.train_on)
-        if not self._takes_tools:
-            raise RowFault("template", "it declares tools, which the tokenizer cannot render")
-        return self._tokenizer.training(messages, self._settings.train_on, tools=tools)
+    def finish(self, drafted: Drafted, ids: list[list[int]]) -> Encoded:
+        out, encoded = Encoded(account=drafted.account), iter(ids)
+        for row, draft in drafted.rows:
+            found = self.tokenizer.finish(draft, encoded)
+            if len(found.ids) != len(found.mask):
+                raise ValueError(f"{row.place.text}: {len(found.ids)} ids and {len(found.mask)} mask entries")
+            if found.lost:
+                out.account.said[THOUGHTS_LOST] += found.lost
+            mask = [False, *found.mask[1:]]  # nothing stands before the first token: it is never a target
+            if any(mask):
+                out.add(row, found.ids, mask)
+            else:
+                out.account.fault(RowFault("no_target", "no token of it is trained"), row.place.text)
+        return out
 
 
 def encode(chunks: Iterable[Chunk], encoder: Encoder, pool: Any, alone: float) -> Iterator[Encoded]:
     """Every chunk's result, in order. For `alone` seconds they are made here, and on until the processes are ready:
-    starting them takes seconds of every core, in which a small file is done."""
+    starting them takes seconds of every core, in which a small file is done. A chunk is drafted while the texts of the
+    one before are encoded, which all cores do and which leaves this thread free."""
     waiting, start = iter(chunks), time.monotonic()
-    for chunk in waiting:
-        if pool is not None and time.monotonic() - start >= alone and pool.ready():
-            yield from pool.ordered(itertools.chain([chunk], waiting))
-            return
-        yield encoder(chunk)
+    held = None
+    with ThreadPoolExecutor(1, "encode") as thread:
+        for chunk in waiting:
+            if pool is not None and time.monotonic() - start >= alone and pool.ready():
+                waiting = itertools.chain([chunk], waiting)
+                break
+            drafted = encoder.draft(chunk)
+            under_way = thread.submit(encoder.tokenizer.encode_all, drafted.texts)
+            if held is not None:
+                yield encoder.finish(held[0], held[1].result())
+            held = drafted, under_way
+        if held is not None:
+            yield encoder.finish(held[0], held[1].result())
+    if pool is not None:
+        yield from pool.ordered(waiting)
 
 
 def arrays(encoded: Encoded) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from gemma_tpu.encoding import THOUGHTS_LOST
 from gemma_tpu.errors import UserError
 from gemma_tpu.formats import Preference
 from gemma_tpu.packing import Encoded
@@ -61,10 +62,12 @@ class PairRows:
     def _encoded(self, parsed: Preference) -> Pair:
         sides = []
         for answer in (parsed.chosen, parsed.rejected):
-            ids, mask = self._tokenizer.training(parsed.prompt + answer, self._train_on, tools=parsed.tools)
-            if not any(mask[1:]):
+            found = self._tokenizer.row(parsed.prompt + answer, self._train_on, tools=parsed.tools)
+            if not any(found.mask[1:]):
                 raise RowFault("no_target", "no token of an answer is trained")
-            sides.append((np.asarray(ids, np.int32), np.asarray(mask, bool)))
+            if found.lost:
+                self.account.said[THOUGHTS_LOST] += found.lost
+            sides.append((np.asarray(found.ids, np.int32), np.asarray(found.mask, bool)))
         return tuple(sides)
 
     def __len__(self) -> int:

@@ -9,11 +9,10 @@ first of the answer could merge into one that serving never produces.
 """
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gemma_tpu import template
 from gemma_tpu.errors import UserError
@@ -26,6 +25,35 @@ Tools = Sequence[dict[str, Any]] | None  # declarations, as OpenAI's API takes t
 END_OF_TURN = ("<turn|>", "<end_of_turn>")  # Gemma 4, Gemma 3: where no generation_config.json says it
 RESPONSE = ("<|tool_response>", "<tool_response|>")  # Gemma 4, where no tokenizer_config.json names them
 SHAPES = 4096  # outlines kept; datasets have few shapes, trajectories nearly one each
+
+
+class Stretch(NamedTuple):
+    """A part of a row that is encoded by itself."""
+
+    text: str
+    inserted: str  # behind it, what only the generation prompt has; never a target
+    target: bool  # is the text one?
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A training row before its text is encoded: the texts of many rows can then be encoded at once."""
+
+    stretches: list[Stretch]
+    thinking: bool = False
+    lost: int = 0
+    ends: bool = False  # with the tokenizer's end of sequence
+
+    @property
+    def texts(self) -> list[str]:
+        """What must be encoded for it. What is inserted may share its first token with the text before it, so that a
+        target before it is encoded alone too."""
+        found = []
+        for part in self.stretches:
+            found.append(part.text + part.inserted)
+            if part.inserted and part.target:
+                found.append(part.text)
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,15 +81,18 @@ class Tokenizer:
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.pad_id: int = self._pad_id()
         self.stop_ids: tuple[int, ...] = self._stop_ids()
-        self.said: Counter[str] = Counter()  # what rows lost on the way, for the report on the data
         self._words = self._special_words()
         self._outlines: dict[str, Outline] = {}
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`. Special tokens written in it count as such; none is added but a BOS asked for."""
-        # A batch of one: half again as fast as `encode`, which also says where each token stands in the text.
-        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        (ids,) = self.encode_all([text])
         return self._bos_once(ids) if bos else ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, by all cores. Half again as fast as the backend's `encode` even for a single text: that
+        one also finds where each token stands in it."""
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -74,15 +105,20 @@ class Tokenizer:
     def training(
         self, messages: Messages, train_on: TrainOn = "assistant", *, tools: Tools = None, thinking: bool | None = None
     ) -> tuple[list[int], list[bool]]:
-        """One training row: its ids, and for each whether it is a target of the loss. See `row`."""
+        """One training row: its ids, and for each whether it is a target of the loss. See `draft`."""
         found = self.row(messages, train_on, tools=tools, thinking=thinking)
-        if found.lost:
-            self.said["messages whose reasoning the chat template leaves out"] += found.lost
         return found.ids, found.mask
 
     def row(
         self, messages: Messages, train_on: TrainOn = "assistant", *, tools: Tools = None, thinking: bool | None = None
     ) -> Rendered:
+        """One training row. See `draft`."""
+        draft = self.draft(messages, train_on, tools=tools, thinking=thinking)
+        return self.finish(draft, iter(self.encode_all(draft.texts)))
+
+    def draft(
+        self, messages: Messages, train_on: TrainOn = "assistant", *, tools: Tools = None, thinking: bool | None = None
+    ) -> Draft:
         """One training row.
 
         Targets are what the model says in every assistant message, or in the last one: its reasoning and tool calls
@@ -107,20 +143,32 @@ class Tokenizer:
         if wrong := [outline.wrong[i] for i in sorted(chosen & outline.wrong.keys())]:
             raise UserError("; ".join(wrong))
         texts = template.fill(outline, slots, self._render(messages, tools, thinking), messages)
+        stretches = _stretches(outline, slots, texts, chosen, silent if train_on == "all" else None)
+        return Draft(stretches, thinking, outline.lost)
 
+    def draft_text(self, text: str) -> Draft:
+        """A row of plain text, all of it a target."""
+        return Draft([Stretch(text, "", True)], ends=True)
+
+    def finish(self, draft: Draft, encoded: Iterator[list[int]]) -> Rendered:
+        """The row of a draft; `encoded` goes on with the ids of its texts."""
         ids: list[int] = []
         mask: list[bool] = []
-        for text, inserted, target in _runs(outline, slots, texts, chosen, silent if train_on == "all" else None):
-            run_ids = self.encode(text + inserted)
-            # What is inserted is never a target, and may share its first token with the text before it.
-            targets = common_prefix(run_ids, self.encode(text)) if inserted and target else len(run_ids) * target
-            ids += run_ids
-            mask += [True] * targets + [False] * (len(run_ids) - targets)
+        for part in draft.stretches:
+            found = next(encoded)
+            targets = len(found) * part.target
+            if part.inserted and part.target:
+                targets = common_prefix(found, next(encoded))
+            ids += found
+            mask += [True] * targets + [False] * (len(found) - targets)
+        if draft.ends and self.eos_id is not None:
+            ids.append(self.eos_id)
+            mask.append(True)
         if self.bos_id is not None:
             mask = [False] * (len(self._bos_once(ids)) - len(ids)) + mask
             ids = self._bos_once(ids)
             mask[0] = False
-        return Rendered(ids, mask, thinking, outline.lost)
+        return Rendered(ids, mask, draft.thinking, draft.lost)
 
     def _outline(
         self, hollow: Messages, slots: list[Slot], mark: str, tools: Tools, thinking: bool | None
@@ -140,6 +188,9 @@ class Tokenizer:
             def render(part: Messages, prompt: bool) -> str:
                 return self._render(part, tools, thinking, prompt)
 
+            if tools and render(hollow, False) == self._render(hollow, None, thinking):
+                raise UserError("the chat template renders none of the declared tools: use one that does, or leave "
+                                "the tools out of the data")  # fmt: skip
             found = self._outlines[shape] = template.outline(hollow, slots, mark, render, self._words)
         return found, thinking
 
@@ -242,13 +293,13 @@ def _weight(messages: Messages, i: int) -> bool:
     return weight != 0
 
 
-def _runs(
+def _stretches(
     outline: Outline, slots: list[Slot], texts: list[str], chosen: set[int], silent: set[int] | None
-) -> list[tuple[str, str, bool]]:
-    """(text, what is inserted behind it, is the text a target) for stretches of a row, cut where a chosen answer begins
-    and ends. `silent`: the messages that are no target where all the others are."""
+) -> list[Stretch]:
+    """Stretches of a row, cut where a chosen answer begins and ends. `silent`: the messages that are no target where
+    all the others are."""
     before = {n: text for i, (n, text) in outline.inserted.items() if i in chosen and text}
-    runs: list[tuple[str, str, bool]] = []
+    runs: list[Stretch] = []
     last = None
     for n, (atom, text) in enumerate(zip(outline.atoms, texts, strict=True)):
         answer = atom.owner in chosen
@@ -256,13 +307,12 @@ def _runs(
         target = answer if silent is None else speaker not in silent
         if n in before:
             if last is None or last[0]:  # nothing stands between two answers
-                runs.append(("", "", False))
-            so_far, _, was = runs[-1]
-            runs[-1] = (so_far, before[n], was)
+                runs.append(Stretch("", "", False))
+            runs[-1] = runs[-1]._replace(inserted=before[n])
             last = None
         if last == (answer, target):
-            runs[-1] = (runs[-1][0] + text, "", target)
+            runs[-1] = Stretch(runs[-1].text + text, "", target)
         else:
-            runs.append((text, "", target))
+            runs.append(Stretch(text, "", target))
             last = (answer, target)
     return runs

@@ -128,6 +128,7 @@ def own_tool_turns(*, marked: bool = False) -> str:
     g, e = (OPEN, CLOSE) if marked else ("", "")
     return f"""\
 {{{{- bos_token -}}}}
+{{%- for tool in tools or [] -%}}{{{{ '<|tool>' ~ tool.function.name ~ '<tool|>' }}}}{{%- endfor -%}}
 {{%- set rest = messages[1:] if messages[0].role == 'system' else messages -%}}
 {{%- for m in rest -%}}
     {{%- if m.role == 'assistant' -%}}

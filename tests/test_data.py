@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_helper import AtOnce
 
 from gemma_tpu.data import Loader, Prepared, make_loader, prepare
 from gemma_tpu.errors import UserError
@@ -20,7 +21,7 @@ from gemma_tpu.transforms import codev_answer
 BOS, PAD, TURN = 1, 0, 2
 
 
-class Words:
+class Words(AtOnce):
     """A tokenizer of whitespace words: BOS, then for each turn a role token, the words and an end of turn."""
 
     pad_id = PAD

@@ -6,19 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_helper import AtOnce, Made
 
 from gemma_tpu.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import DataConfig
 
 
-class Letters:
+class Letters(AtOnce):
     """A letter is a token; the last turn is trained."""
 
     pad_id, eos_id = 0, 1
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [2] * bos + [ord(letter) for letter in text]
+
+    def text(self, text: str) -> list[int]:
+        return [*self.encode(text, bos=True), self.eos_id]
 
     def training(self, messages: list[dict], train_on: str) -> tuple[list[int], list[bool]]:
         parts = [self.encode(m["content"]) for m in messages]
@@ -105,28 +109,22 @@ def test_one_file_of_turns_is_one_row_and_rows_of_other_files_stand_beside_it(tm
     assert found.format == "trajectory and prompt (detected)"
 
 
-def test_declared_tools_are_refused_by_row_where_they_cannot_be_rendered(tmp_path: Path) -> None:
-    row = {"prompt": "q", "response": "a", "tools": [{"name": "f"}]}
-    path = tmp_path / "t.jsonl"
-    path.write_text("\n".join([json.dumps(row), json.dumps({"prompt": "q", "response": "a"})]))
-    assert dict(prepare(section(str(path)), Letters()).dropped.counts) == {"template": 1}
-
+def test_declared_tools_reach_the_tokenizer(tmp_path: Path) -> None:
     class Able(Letters):
         def training(self, messages, train_on, *, tools=None):
             return super().training([{"content": json.dumps(tools)}, *messages], train_on)
 
+    row = {"prompt": "q", "response": "a", "tools": [{"name": "f"}]}
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join([json.dumps(row), json.dumps({"prompt": "q", "response": "a"})]))
     able = prepare(section(str(path), max_seq_len=200), Able())
     assert any('"name": "f"' in text for text in texts(able)) and len(able) == 2
 
 
-def test_what_the_tokenizer_counts_stands_in_the_report(tmp_path: Path) -> None:
-    from collections import Counter
+def test_thoughts_that_the_template_leaves_out_are_counted_in_the_report(tmp_path: Path) -> None:
+    class Forgetful(Letters):
+        def draft(self, messages, train_on, *, tools=None):
+            return Made(*self.training(messages, train_on), lost=1)
 
-    class Counting(Letters):
-        said: Counter = Counter()
-
-        def training(self, messages, train_on):
-            self.said["thoughts left out"] += 1
-            return super().training(messages, train_on)
-
-    assert "thoughts left out: 4" in prepare(section(write(tmp_path / "r.jsonl", 4)), Counting()).notes
+    notes = prepare(section(write(tmp_path / "r.jsonl", 4)), Forgetful()).notes
+    assert "messages whose reasoning the chat template leaves out: 4" in notes

@@ -224,8 +224,13 @@ def test_thinking_is_on_where_the_template_renders_the_rows_reasoning(with_templ
     earlier = [CHAT[0], CHAT[1] | {"reasoning": "hm"}, *CHAT]  # the template leaves it out of earlier turns
     found = tokenizer.row(earlier)
     assert not found.thinking and found.lost == 1 and "hm" not in tokenizer.decode(found.ids)
-    tokenizer.training(earlier)
-    assert tokenizer.said == {"messages whose reasoning the chat template leaves out": 1}
+
+
+def test_a_template_that_leaves_declared_tools_out_is_refused(with_template):
+    deaf = "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(UserError, match="renders none of the declared tools"):
+        with_template(deaf).row(CHAT, "all", tools=tools)
 
 
 def test_the_token_that_asks_for_a_tools_response_is_trained_where_generation_stops_at_it(folders, tmp_path):

@@ -47,14 +47,13 @@ def same(a: corpus.Prepared, b: corpus.Prepared) -> bool:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list:
     """Grows with every conversation that is tokenised in this process."""
-    seen, training = [], Tokenizer.training
+    seen, draft = [], Tokenizer.draft
 
     def counting(self, messages, *args, **options):
         seen.append(1)
-        return training(self, messages, *args, **options)
+        return draft(self, messages, *args, **options)
 
-    counting.__signature__ = __import__("inspect").signature(training)
-    monkeypatch.setattr(Tokenizer, "training", counting)
+    monkeypatch.setattr(Tokenizer, "draft", counting)
     return seen
 
 
