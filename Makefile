@@ -10,7 +10,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers clean
+.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
 bench-peers: .venv/.dev ## beside TRL + PEFT and Tunix, in environments of their own (4 GB, an hour)
 	@set -e; for script in $(PEERS); do echo "== $$script"; $(BIN)/python $$script; done
 
+docs: .venv/.docs ## the documentation as a site, in build/site
+	$(BIN)/zensical build --strict
+
 clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
 	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
@@ -85,4 +88,8 @@ models/tiny-base: | .venv/.core
 
 .venv/.dev: .venv/.core
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.core
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
