@@ -27,6 +27,7 @@ from gemma_tpu import (
     launch_cli,
     plan_cli,
     sample_cli,
+    serve_cli,
     train_cli,
 )
 from gemma_tpu.arguments import positive as _positive
@@ -234,6 +235,7 @@ def _add_configured(commands: Any) -> None:
     data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
     launch_cli.add_arguments(_command(commands, "launch", launch_cli.run, launch_cli.ABOUT, launch_cli.EXAMPLE))
+    serve_cli.add_arguments(_command(commands, "serve", serve_cli.run, serve_cli.ABOUT, serve_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:

@@ -1,17 +1,13 @@
 """`gemma-tpu launch`: machines up, the run on them, machines down; printed as a script, or done."""
 
 import argparse
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import chips, clouds, config, launching
+from gemma_tpu import chips, clouds, config, launch_script, launching, scripts
 from gemma_tpu.arguments import positive
-from gemma_tpu.errors import RunError, UserError
 
 Result = dict[str, Any]
 ABOUT = "create a slice, train on it, follow it and delete it: the script for that, or the deed"
@@ -53,7 +49,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[Result, int]:
     job = launching.job_of(_request(args), config.load(args.config, args.overrides))
     action = "logs" if args.logs else "delete" if args.delete else "run_it"
-    text = launching.script(job, action)
+    text = launch_script.script(job, action)
     result = {
         "name": job.request.name, "slice": job.machine.slice.name, "with": job.request.engine, "action": action,
         "zones": list(job.zones), "hosts": job.machine.hosts, "notes": list(job.notes), "mirror": job.mirror,
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
         return result, 0
     for note in job.notes:
         _say(f"note: {note}")
-    return result, _do(text)
+    return result, scripts.run(text)
 
 
 def _request(args: argparse.Namespace) -> launching.Request:
@@ -81,21 +77,6 @@ def _request(args: argparse.Namespace) -> launching.Request:
         image=args.image, queue=args.queue, namespace=args.namespace,
     )  # fmt: skip
 
-
-def _do(text: str) -> int:
-    """Runs the script as it would be printed. A file: its stdin is the user's, who is asked before a deletion."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "launch.sh"
-        path.write_text(text, encoding="utf-8")
-        try:
-            # Under --json stdout is kept for the object.
-            code = subprocess.call(["bash", str(path)], stdout=sys.stderr.fileno(), env=os.environ)
-        except FileNotFoundError:
-            raise UserError("bash is not installed, and the script is written for it") from None
-        except KeyboardInterrupt:
-            raise RunError("stopped here; what was started in the cloud goes on, and costs: --logs --run follows it, "
-                           "--delete --run ends it") from None  # fmt: skip
-    return code if code in (0, 1, 2) else 1
 
 
 def _say(text: str) -> None:

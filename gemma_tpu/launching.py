@@ -1,13 +1,11 @@
-"""A config and a slice into one script that creates the machines, trains on them and deletes them.
+"""A config and a slice as one job: what must lie in the bucket, what the machine gets, what to know before it runs.
 
 What a machine reads must lie where it can reach it, and what a run leaves must outlive the machine: both are held
-against the config here, and everything that is wrong is said at once. The scripts are bundled/launch/*.sh under a
-header of values; what is printed is what `--run` runs. No secret is in them: HF_TOKEN is read from the environment.
+against the config here, and everything that is wrong is said at once.
 """
 
 import math
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +17,6 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.schema import MESH_AXES, Config
 
 ENGINES = ("tpu-vm", "queued-resource", "spot", "skypilot", "gke")
-_SCRIPTS = {"skypilot": "skypilot.sh", "gke": "gke.sh"}  # the others: tpu_vm.sh
 _EXTRAS = "tpu,gcs"
 
 
@@ -133,8 +130,8 @@ def _request_problems(request: Request, source: Path | None) -> Iterator[str]:
         if given:
             yield f"{', '.join(given)}: of --with gke, not of --with {engine}"
     if request.package is None and source is None:
-        yield ("--package is missing: this is no checkout that could be sent to the machine; say what pip is to install, "
-               f"e.g. --package 'gemma_tpu[{_EXTRAS}] @ git+https://HOST/REPOSITORY@TAG'")
+        yield ("--package is missing: this is no checkout that could be sent to the machine; say what pip is to "
+               f"install, e.g. --package 'gemma_tpu[{_EXTRAS}] @ git+https://HOST/REPOSITORY@TAG'")
 
 
 def _config_problems(request: Request, config: Config) -> Iterator[str]:
@@ -195,70 +192,3 @@ def _notes(request: Request, config: Config) -> Iterator[str]:
         yield f"{place.name} costs about {told} an hour ({place.chip.sources['prices']})"
     elif place.chip.kind == "tpu":
         yield f"no public price of {place.name} is known"
-
-
-# --- the script ---
-
-
-def script(job: Job, action: str) -> str:
-    """A bash script that does `action`: run_it, logs or delete."""
-    name = _SCRIPTS.get(job.request.engine, "tpu_vm.sh")
-    parts = [_head(job), _values(job), *_files(job), _bundled("common.sh"), _bundled(name), f"{action}\n"]
-    return "\n".join(part if part.endswith("\n") else f"{part}\n" for part in parts)
-
-
-def _bundled(name: str) -> str:
-    return assets.resolve(f"bundled:launch/{name}").read_text(encoding="utf-8")
-
-
-def _head(job: Job) -> str:
-    machine, engine = job.machine, job.request.engine
-    lines = [f"{job.request.name}: gemma-tpu train on {machine.slice}, by {engine}", "", "Before it runs:"]
-    lines += [f"  {note}" for note in job.notes]
-    lines += ["", "Where its values come from:"]
-    lines += [f"  {what}: {source}" for what, source in machine.sources.items()]
-    return "#!/usr/bin/env bash\n" + "".join(f"# {line}".rstrip() + "\n" for line in lines) + "set -euo pipefail\n"
-
-
-def _values(job: Job) -> str:
-    request, machine = job.request, job.machine
-    values = {
-        "NAME": request.name, "PROJECT": request.project or "", "BUCKET": request.bucket, "MIRROR": job.mirror,
-        "CHECKPOINTS": job.config.checkpoint.folder or "", "RUN_DIR": job.config.run_dir,
-        "ACCELERATOR": machine.accelerator, "RUNTIME": machine.runtime or "", "HOSTS": str(machine.hosts),
-        "SPOT": "1" if job.spot else "", "RESTARTS": str(request.restarts),
-        "QUEUED": "1" if request.engine == "queued-resource" else "", "WAIT_HOURS": str(request.wait_hours),
-        "SERVICE_ACCOUNT": request.service_account or "", "SOURCE": str(job.source or ""),
-        "PACKAGE": request.package or "", "ANY_REGION": "1" if request.any_region else "",
-        "YES": "1" if request.yes else "",
-    }  # fmt: skip
-    if request.engine == "gke":
-        values |= {
-            "CLUSTER": request.cluster or "", "LOCATION": job.location, "IMAGE": request.image or "",
-            "MACHINE": machine.machine, "TOPOLOGY": machine.slice.topology, "QUEUE": request.queue,
-            "NAMESPACE": request.namespace,
-        }  # fmt: skip
-    lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    return "\n".join(["# shellcheck disable=SC2034  # not every way to create machines needs every value", "{", *lines,
-                      f"ZONES=({' '.join(map(shlex.quote, job.zones))})", "}"])  # fmt: skip
-
-
-def _files(job: Job) -> Iterator[str]:
-    """Each file that the script brings along, as a function that prints it."""
-    from gemma_tpu import manifests
-
-    yield _printed("config", configs.to_yaml(job.config))
-    yield _printed("machine", _bundled("machine.sh"))
-    if job.request.engine == "skypilot":
-        yield _printed("task", manifests.skypilot(job))
-    if job.request.engine == "gke":
-        yield _printed("jobset", manifests.jobset(job))
-        yield _printed("queue", manifests.queue(job))
-        yield _printed("dockerfile", manifests.dockerfile(job))
-
-
-def _printed(name: str, text: str) -> str:
-    mark = f"END_OF_{name.upper()}"
-    if mark in text.splitlines():
-        raise UserError(f"the config has a line {mark}, which ends it in the script; write it otherwise")
-    return f"{name}() {{\n  cat <<'{mark}'\n{text.rstrip()}\n{mark}\n}}\n"

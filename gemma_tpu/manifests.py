@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from gemma_tpu import config as configs
 from gemma_tpu.clouds import region_of
 from gemma_tpu.launching import Job
 
@@ -33,8 +34,6 @@ def skypilot(job: Job) -> str:
 def jobset(job: Job) -> str:
     """The config, and one Job with a pod for each machine of the slice; a failed pod restarts them all together."""
     name, namespace = job.request.name, job.request.namespace
-    from gemma_tpu import config as configs
-
     given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-config", "namespace": namespace},
              "data": {"config.yaml": configs.to_yaml(job.config)}}  # fmt: skip
     wrong_input = {"onExitCodes": {"containerName": "train", "operator": "In", "values": [2]}, "action": "FailJob"}

@@ -4,6 +4,7 @@ The bundled file is the schema: the user's may change what it has, and add entri
 by name (`open_at`). What it changes without saying where from has the user's file as its source.
 """
 
+import datetime
 import difflib
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from gemma_tpu.errors import UserError
 
 def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str, Any]:
     """The bundled YAML under the file that the environment variable names, if it names one."""
-    table = yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8"))
+    table = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
     name = os.environ.get(variable)
     if not name:
         return table
@@ -31,11 +32,20 @@ def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str
 
 def _read(name: str, variable: str) -> Any:
     try:
-        return yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+        return _plain(yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{variable}={name}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{variable}={name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _plain(tree: Any) -> Any:
+    """Dates as the text that they are written as: 2026-11 is none to YAML, and 2026-11-02 is."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    return tree.isoformat() if isinstance(tree, datetime.date) else tree
 
 
 def _problems(table: Any, given: Any, path: str, open_at: tuple[str, ...]) -> Iterator[str]:

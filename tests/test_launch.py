@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_tpu import chips, cli, clouds, config, launching
+from gemma_tpu import chips, cli, clouds, config, launch_script, launching
 from gemma_tpu.errors import UserError
 
 TOKEN = "hf_a-token-that-must-not-be-seen"
@@ -50,7 +50,7 @@ def cloud(tmp_path):
         (tmp_path / "state.json").write_text(json.dumps(scenario))
         (tmp_path / "calls.jsonl").write_text("")
         path = tmp_path / "launch.sh"
-        path.write_text(launching.script(job, action))
+        path.write_text(launch_script.script(job, action))
         env = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "FAKE_CLOUD": str(tmp_path), "HF_TOKEN": TOKEN,
                "GEMMA_TPU_PAUSE": "0", "GEMMA_TPU_GRACE": "0", "TMPDIR": str(tmp_path)}  # fmt: skip
         done = subprocess.run(["bash", path], input=answer, capture_output=True, text=True, env=env, timeout=60)
@@ -152,7 +152,8 @@ def test_whether_it_is_there_must_be_known(cloud):
 
 
 def test_the_queue_is_waited_for_and_a_request_that_failed_goes_to_the_next_zone(cloud):
-    code, err, calls = cloud(job("queued-resource"), queue=["WAITING_FOR_RESOURCES", "FAILED", "PROVISIONING", "ACTIVE"])
+    states = ["WAITING_FOR_RESOURCES", "FAILED", "PROVISIONING", "ACTIVE"]
+    code, err, calls = cloud(job("queued-resource"), queue=states)
     assert code == 0, err
     made = lines(calls, "queued-resources create")
     assert [re.search(r"--zone=(\S+)", line)[1] for line in made] == ["us-east5-a", "us-east5-b"]
@@ -266,7 +267,7 @@ RESOURCES = {"cloud", "region", "zone", "infra", "cpus", "memory", "accelerators
 @pytest.mark.parametrize("on", ["v5e-8", "v5p-8", "v5p-16", "v6e-8", "v6e-16"])
 def test_the_skypilot_task_has_the_form_that_skypilot_wants(on):
     chosen = job("skypilot", on, spot=True)
-    task = yaml.safe_load(printed(launching.script(chosen, "run_it"), "task"))
+    task = yaml.safe_load(printed(launch_script.script(chosen, "run_it"), "task"))
     assert set(task) <= TASK and set(task["resources"]) <= RESOURCES
     machine = chosen.machine
     assert task["resources"]["accelerators"] == f"tpu-{machine.accelerator}"
@@ -283,7 +284,7 @@ def test_the_skypilot_task_has_the_form_that_skypilot_wants(on):
 ])  # fmt: skip
 def test_the_jobset_asks_for_the_slices_machines(on, hosts, per_host, machine):
     chosen = job("gke", on, spot=True)
-    text = launching.script(chosen, "run_it")
+    text = launch_script.script(chosen, "run_it")
     given, jobset = yaml.safe_load_all(printed(text, "jobset"))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gemma-tpu"}
@@ -319,7 +320,7 @@ def test_every_script_is_bash_without_a_warning_and_without_a_secret(engine, tmp
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     odd = "data.path=gs://mine/a 'quoted' $(name).jsonl"
     for action in ("run_it", "logs", "delete"):
-        text = launching.script(job(engine, overrides=[odd]), action)
+        text = launch_script.script(job(engine, overrides=[odd]), action)
         path = tmp_path / "launch.sh"
         path.write_text(text)
         assert TOKEN not in text and text.endswith(f"{action}\n")
@@ -336,7 +337,7 @@ def test_gcloud_knows_every_command_and_flag(cloud):
     calls = []
     runs = [(job("tpu-vm", service_account="a@b"), {}), (job("spot"), {"endings": ["preempted", "0"]}),
             (job("queued-resource", spot=True), {"queue": ["FAILED", "ACTIVE"]}),
-            (job("gke", "v6e-16", spot=True), {"create": {"us-east5-a": [FULL]}, "endings": ["Completed"]})]  # fmt: skip
+            (job("gke", "v6e-16", spot=True), {"create": {"us-east5-a": [FULL]}, "endings": ["Completed"]})]
     for one, scenario in runs:
         calls += cloud(one, **scenario)[2]
         calls += cloud(one, "delete", answer="y\n", machines={"us-east5-a": "READY"})[2]
@@ -378,7 +379,7 @@ def machine(tmp_path):
     tools.mkdir(parents=True)
     here.mkdir()
     chosen = job("spot")
-    (here / "machine.sh").write_text(printed(launching.script(chosen, "run_it"), "machine"))
+    (here / "machine.sh").write_text(printed(launch_script.script(chosen, "run_it"), "machine"))
     (here / "settings.sh").write_text(f"PACKAGE=''\nMIRROR={chosen.mirror}\n")
     (here / "config.yaml").write_text("")
     source = tmp_path / "source"
@@ -515,7 +516,7 @@ def test_an_own_file_goes_over_the_table(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_the_script_and_one_object_under_json(capsys):
-    argv = ["launch", "gemma4_31b_v5p8_fast.yaml", "--on", "v5p-8", "--with", "spot", "--bucket", "gs://mine/", *SETTLED]
+    argv = ["launch", "gemma4_31b_v5p8_fast.yaml", *SETTLED, "--on", "v5p-8", "--with", "spot", "--bucket", "gs://mine/"]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     assert out.startswith("#!/usr/bin/env bash\n# gemma4-31b-v5p8-fast:") and "printed, not done" in err
