@@ -42,7 +42,7 @@ def _check_mirror(config: Config, rehearse: bool, mirror: str) -> None:
         raise UserError(f"--mirror {mirror}: must be in a bucket, like gs://bucket/runs/mine")
     if rehearse:
         raise UserError("--mirror and --rehearse do not go together: a rehearsal leaves nothing to keep")
-    if config.checkpoint.folder is None or "://" not in config.checkpoint.folder:
+    if config.checkpoint.folder is None:  # a folder of its own may be a bucket that is mounted
         raise UserError(f"--mirror {mirror} keeps all but the checkpoints: set checkpoint.folder to a bucket too, "
                         f"e.g. {mirror.rstrip('/')}/checkpoints")  # fmt: skip
 
