@@ -51,7 +51,7 @@ def jobset(job: Job) -> str:
     spec = {
         "failurePolicy": {
             "maxRestarts": job.request.restarts,
-            "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            "rules": [{"name": "wrong-input", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
         },
         "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": work}}],
     }

@@ -79,6 +79,8 @@ def describe(zone: str, state: dict) -> int:
 def ssh(line: str, zone: str, state: dict) -> int:
     if state["machines"].get(zone) not in ("READY", "ACTIVE"):
         return wrong("ERROR: the machine does not answer", 255)
+    if "machine.sh running" in line:
+        return 0 if state.get("running") else 1
     if "follow" in line:
         ending = state["endings"][0]
         if ending == "preempted":

@@ -18,7 +18,8 @@ def bucket():
     """Name -> content of what lies there."""
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    yield lambda: {name.removeprefix("/bucket/run/"): fs.cat_file(name).decode(errors="replace") for name in fs.find("/bucket/run")}
+    read = lambda name: fs.cat_file(name).decode(errors="replace")  # noqa: E731
+    yield lambda: {name.removeprefix("/bucket/run/"): read(name) for name in fs.find("/bucket/run")}
     fs.store.clear()
 
 

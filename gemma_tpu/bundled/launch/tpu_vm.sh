@@ -104,7 +104,10 @@ obtain() {
   if locate; then
     say "$NAME is $STATE in $ZONE"
     case $STATE in
-      ready) return 0 ;;
+      ready)
+        FOUND=1
+        return 0
+        ;;
       waiting)
         if [ "$QUEUED" = 1 ]; then
           await
@@ -174,15 +177,23 @@ vanished() {
   done
 }
 
+# A run that goes on there, started before: it is followed, and nothing under it is replaced.
+started_before() {
+  [ -n "$FOUND" ] && on_machine 0 'bash gemma-tpu/machine.sh running 2>/dev/null' </dev/null 2>/dev/null
+}
+
 run_it() {
   local restarts=0
   check
   pack
   trap 'say "stopped here; what was started on $NAME goes on there, and costs: --logs --run follows it, --delete --run ends it"; exit 130' INT
   while :; do
-    STATE=
+    FOUND=
     if obtain; then
-      if prepare && start; then
+      if started_before; then
+        say "training goes on there already"
+        follow
+      elif prepare && start; then
         follow
       else
         vanished "$GRACE" || fail 1 "$NAME in $ZONE could not be prepared; it is there and costs: gemma-tpu launch ... --delete --run"
