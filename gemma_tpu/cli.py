@@ -24,8 +24,10 @@ from gemma_tpu import (
     devices,
     eval_cli,
     handoff_cli,
+    launch_cli,
     plan_cli,
     sample_cli,
+    serve_cli,
     train_cli,
 )
 from gemma_tpu.arguments import positive as _positive
@@ -111,7 +113,8 @@ def _plain(value: Any) -> Any:
 
 def train(args: argparse.Namespace) -> tuple[Result, int]:
     run_config = config.load(args.config, args.overrides)
-    return train_cli.run(run_config, _recipe(assets.find("recipes", run_config.recipe)), args.rehearse)
+    return train_cli.run(run_config, _recipe(assets.find("recipes", run_config.recipe)), args.rehearse,
+                         args.mirror)  # fmt: skip
 
 
 def _recipe(path: Path) -> Callable[[config.Config], Result]:
@@ -231,6 +234,8 @@ def _add_configured(commands: Any) -> None:
             train_cli.add_arguments(one)
     data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
+    launch_cli.add_arguments(_command(commands, "launch", launch_cli.run, launch_cli.ABOUT, launch_cli.EXAMPLE))
+    serve_cli.add_arguments(_command(commands, "serve", serve_cli.run, serve_cli.ABOUT, serve_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:

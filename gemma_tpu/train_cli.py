@@ -6,14 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import devices, distributed, metrics, runs
+from gemma_tpu import devices, distributed, metrics, mirrored, runs
+from gemma_tpu.errors import UserError
 from gemma_tpu.schema import Config
 
 REPORT = "make a run's report.html again, also while it trains", "gemma-tpu report runs/tiny_cpu"
 
 
-def run(config: Config, recipe: Callable[[Config], Any], rehearse: bool) -> tuple[Any, int]:
+def run(
+    config: Config, recipe: Callable[[Config], Any], rehearse: bool, mirror: str | None = None
+) -> tuple[Any, int]:
     """On this host's devices, and with the other hosts where there are some."""
+    if mirror:
+        _check_mirror(config, rehearse, mirror)
     if config.mesh.cpu_devices:
         devices.cpu(config.mesh.cpu_devices)
     distributed.start(config.distributed)
@@ -21,12 +26,25 @@ def run(config: Config, recipe: Callable[[Config], Any], rehearse: bool) -> tupl
     if not distributed.is_first():
         metrics.silence()
     with distributed.together():
+        if mirror:
+            with mirrored.kept(Path(config.run_dir).expanduser(), mirror, metrics.say):
+                return recipe(config), 0
         if not rehearse:
             return recipe(config), 0
         from gemma_tpu import rehearsal
 
         result = rehearsal.rehearse(config, recipe)
         return result, 0 if result["ok"] else 1
+
+
+def _check_mirror(config: Config, rehearse: bool, mirror: str) -> None:
+    if "://" not in mirror:
+        raise UserError(f"--mirror {mirror}: must be in a bucket, like gs://bucket/runs/mine")
+    if rehearse:
+        raise UserError("--mirror and --rehearse do not go together: a rehearsal leaves nothing to keep")
+    if config.checkpoint.folder is None:  # a folder of its own may be a bucket that is mounted
+        raise UserError(f"--mirror {mirror} keeps all but the checkpoints: set checkpoint.folder to a bucket too, "
+                        f"e.g. {mirror.rstrip('/')}/checkpoints")  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> tuple[Any, int]:
@@ -41,6 +59,8 @@ def report(args: argparse.Namespace) -> tuple[Any, int]:
 def add_arguments(one: argparse.ArgumentParser) -> None:
     about = "ten updates, a save, a restore, a merge, a sample: what would fail later fails now"
     one.add_argument("--rehearse", action="store_true", help=about)
+    about = "fetch the run folder from this bucket first, and copy it there each minute: for machines that may vanish"
+    one.add_argument("--mirror", metavar="gs://...", help=about)
 
 
 def add_report_arguments(one: argparse.ArgumentParser) -> None:
