@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemma_tpu.asking import cut
-from gemma_tpu.completions import Stream, first_end
+from gemma_tpu.completions import UNFINISHED, Stream, first_end
 from gemma_tpu.lite_batch import Ask, Scores, Tokens
 from gemma_tpu.lite_requests import Request
 from gemma_tpu.tokenizer import Tokenizer
@@ -23,16 +23,20 @@ def words_of(tokenizer: Tokenizer) -> Words:
 class Choice:
     """One sample as text, and how much of it has been given out."""
 
-    def __init__(self, index: int, ask: Ask, number: int, request: Request, tokenizer: Tokenizer, echo: str | None):
-        self.index, self.ask, self.number = index, ask, number
+    def __init__(
+        self, index: int, ask: Ask, request: Request, tokenizer: Tokenizer, words: Words, echo: str | None
+    ):  # fmt: skip
+        self.index, self.ask = index, ask
         self.echo, self.finish = echo, None if ask.limit else "length"
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.likeliest: list[Mapping[int, float]] = []
         # A prompt of one token has none to score, and is echoed like others.
-        self.scores = Scores([], []) if request.echo and request.logprobs is not None and len(ask.tokens) == 1 else None
+        alone = request.echo and request.logprobs is not None and len(ask.tokens) == 1
+        self.scores = Scores([], []) if alone else None
         self.text, self.sent = "", 0  # tokens whose log-probabilities were given out
-        self.offset = 0  # where the next of them stands in the text
+        # Where the next of them stands in the text, in which a BOS of ours does not.
+        self.offset = 0 if echo is None else len(echo) - sum(len(words(token)) for token in ask.tokens)
         self._stop, self._tokenizer = request.stop, tokenizer
         self._stream = Stream(tokenizer, request.stop)
 
@@ -118,14 +122,14 @@ class Form:
             logprobs += choice.logprobs[choice.sent :]
             tops += choice.likeliest[choice.sent :]
             choice.sent = len(choice.tokens)
-        listed = [_listed(token, logprob, top, count) for token, logprob, top in zip(tokens, logprobs, tops, strict=True)]
+        listed = [_listed(*one, count) for one in zip(tokens, logprobs, tops, strict=True)]
         if self._chat:
             return {"content": [self._entry(token, logprob) | {"top_logprobs": [self._entry(*pair) for pair in
                                 list(top.items())[:count]]}
                                 for token, logprob, top in zip(tokens, logprobs, listed, strict=True)]}  # fmt: skip
         texts, offsets = [self._words(token) for token in tokens], []
         for text in texts:
-            offsets.append(choice.offset)
+            offsets.append(max(0, choice.offset))
             choice.offset += len(text)
         return {"tokens": texts, "token_logprobs": logprobs, "text_offset": offsets,
                 "top_logprobs": [top and self._by_text(top) for top in listed]}  # fmt: skip
@@ -140,7 +144,8 @@ class Form:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._words(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # Half a character: its bytes are not those of the sign that stands for it.
+        return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else list(text.encode())}
 
 
 def _listed(

@@ -29,6 +29,7 @@ from gemma_tpu.tokenizer import Tokenizer
 
 Kind = Literal["text", "chat"]
 GONE = object()
+ROUTES = "this server has POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics"
 NOT_READY = {
     "compiling": "the server is still compiling ({progress}); /health says when it is ready",
     "draining": "the server is shutting down", "stopped": "the server is shutting down",
@@ -90,7 +91,7 @@ class Answer(Response):
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._form = Form(request, served.name, served.words)
         self._choices = [
-            Choice(place * request.n + sample, ask, sample, request, served.tokenizer,
+            Choice(place * request.n + sample, ask, request, served.tokenizer, served.words,
                    self._echoed(request.prompts[place]) if request.echo else None)
             for place, ask in enumerate(asks) for sample in range(request.n)
         ]  # fmt: skip
@@ -206,7 +207,8 @@ class Answer(Response):
     def _note(self, choices: Sequence[Choice]) -> None:
         ask = choices[0].ask
         if ask.began is not None:
-            self._served.engine.metrics.answered(choices[-1].finish, ask.arrived, ask.began, ask.first, time.monotonic())
+            times = ask.arrived, ask.began, ask.first, time.monotonic()
+            self._served.engine.metrics.answered(choices[-1].finish, *times)
 
 
 def not_ready(engine: Engine) -> Refused:
@@ -283,8 +285,7 @@ def build(served: Served) -> Any:
 
     async def refused(_: Http, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refusal(Refused(f"{error.detail.lower()}: this server has POST /v1/completions and /v1/chat/completions, "
-                               "GET /v1/models, /health and /metrics", status=error.status_code))  # fmt: skip
+        return refusal(Refused(f"{error.detail.lower()}: {ROUTES}", status=error.status_code))
 
     async def broken(_: Http, __: Exception) -> Response:  # and raised again, to the guard
         return refusal(Refused("an error inside the server; its terminal says which", status=500))

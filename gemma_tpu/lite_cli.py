@@ -1,6 +1,7 @@
 """`gemma-tpu serve-lite`: a model behind OpenAI's interface, to try it and to test against it."""
 
 import argparse
+import atexit
 import importlib.util
 import os
 import signal
@@ -28,7 +29,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--name", metavar="NAME", help="of the model, as clients ask for it (the folder's)")
     one.add_argument("--slots", metavar="N", type=positive, default=16, help="generated at a time (%(default)s)")
     one.add_argument("--max-len", metavar="N", type=positive,
-                     help=f"tokens of a prompt and its completion (the model's context, at most {CONTEXT})")  # fmt: skip
+                     help=f"tokens of a prompt with its completion (the model's context, up to {CONTEXT})")  # fmt: skip
     one.add_argument("--buckets", metavar="N,…", type=_buckets,
                      help=f"sizes of prefill, multiples of {ROUNDED} (64, 256, 1024 … up to --max-len)")  # fmt: skip
     one.add_argument("--burst", metavar="N", type=positive, default=4,
@@ -105,7 +106,7 @@ def _serve(args: argparse.Namespace, served: Any, listener: socket.socket, addre
          f"{', '.join(map(str, device.buckets))}; compiling, {address}/health says when it is ready")  # fmt: skip
     engine.start()
     threading.Thread(target=_announce, args=(engine, address), daemon=True).start()
-    options = uvicorn.Config(lite_app.build(served), log_config=None, access_log=False, lifespan="on",
+    options = uvicorn.Config(lite_app.build(served), log_config=None, log_level="critical", access_log=False,
                              timeout_graceful_shutdown=args.drain, server_header=False)  # fmt: skip
     server = uvicorn.Server(options)
     # The web server stops at a signal, waits for what is running, and raises the signal once more: that is not
@@ -132,9 +133,8 @@ def _ended(engine: Any, address: str) -> tuple[Result, int]:
     counts = engine.metrics.totals()
     _say(f"stopped: {counts['answered']} prompts answered, {counts['generated']} tokens generated, "
          f"{counts['recompiles']} recompilations")  # fmt: skip
-    if compiling:  # the compiler's thread cannot be stopped, and the interpreter would wait or crash with it
-        sys.stderr.flush()
-        os._exit(0)
+    if compiling:  # the compiler's thread cannot be stopped, and must not be there while the interpreter ends
+        atexit.register(os._exit, 0)
     return {"url": f"{address}/v1", **counts}, 0
 
 

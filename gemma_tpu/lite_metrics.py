@@ -1,6 +1,6 @@
 """What the small server counts, as Prometheus reads it: vLLM's names behind the prefix `gemma_tpu:`, and its own."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 PREFIX = "gemma_tpu:"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -11,6 +11,7 @@ class Metrics:
     """One registry for each server: two in one process count apart."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, of when it began
         self.registry = CollectorRegistry()
 
         def counter(name: str, about: str, *labels: str) -> Counter:

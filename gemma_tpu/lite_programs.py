@@ -55,7 +55,8 @@ class Device:
             self._store, self._state = self._programs.start()
             steps = [lambda size=size: (self.prefill(self.empty_sheet(size)), self.score(self.empty_sheet(size)))
                      for size in self.buckets]  # fmt: skip
-            steps += [lambda: (self.likeliest_of_stored(), self.likeliest_of_slots()), lambda: self.decode(self._idle())]
+            steps.append(lambda: (self.likeliest_of_stored(), self.likeliest_of_slots()))
+            steps.append(lambda: self.decode(self._idle()))
             for number, step in enumerate(steps):
                 told(number, len(steps))
                 jax.block_until_ready(step())
