@@ -176,13 +176,13 @@ class Answer(Response):
 
     async def _heard(self) -> AsyncIterator[tuple[Choice, str]]:
         """(choice, its new text) as they come, until all have ended."""
-        scores = set(self._scored)
-        left = sum(choice.finish is None for choice in self._choices)
-        of = [self._choices[place * self._request.n :][: self._request.n] for place in range(len(self._asks))]
-        for choice in self._choices:
-            if choice.finish is not None and not scores:
+        scores, each = set(self._scored), self._request.n
+        of = [self._choices[place * each :][:each] for place in range(len(self._asks))]
+        open_ = {place for place, choices in enumerate(of) if choices[0].finish is None}
+        for place in set(range(len(of))) - open_ - scores:  # no new token is wanted, and nothing to score
+            for choice in of[place]:
                 yield choice, ""
-        while left or scores:
+        while open_ or scores:
             place, event = await self._events.get()
             if event is GONE:
                 raise ClientDisconnect
@@ -194,21 +194,17 @@ class Answer(Response):
                     choice.scores = event
                     if choice.finish is not None:
                         yield choice, ""
-            else:
-                choice = of[place][event.sample]
-                if choice.finish is None:
-                    text = choice.take(event)
-                    left -= choice.finish is not None
-                    choice.ask.samples[event.sample].over |= choice.finish is not None
-                    yield choice, text
-            if all(choice.finish for choice in of[place]) and place not in scores:
-                self._note(of[place])
+            elif (choice := of[place][event.sample]).finish is None:
+                text = choice.take(event)
+                choice.ask.samples[event.sample].over |= choice.finish is not None
+                if all(one.finish for one in of[place]):
+                    open_.discard(place)
+                    self._note(of[place])
+                yield choice, text
 
     def _note(self, choices: Sequence[Choice]) -> None:
         ask = choices[0].ask
-        if ask.began is not None:
-            times = ask.arrived, ask.began, ask.first, time.monotonic()
-            self._served.engine.metrics.answered(choices[-1].finish, *times)
+        self._served.engine.metrics.answered(choices[-1].finish, ask.arrived, ask.began, ask.first, time.monotonic())
 
 
 def not_ready(engine: Engine) -> Refused:

@@ -33,7 +33,8 @@ class Server:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        options = uvicorn.Config(lite_app.build(self.served), log_config=None, log_level="critical", timeout_graceful_shutdown=20)
+        options = uvicorn.Config(lite_app.build(self.served), log_config=None, log_level="critical",
+                                 timeout_graceful_shutdown=20)  # fmt: skip
         self.web = uvicorn.Server(options)
         self._thread = threading.Thread(target=self.web.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self._thread.start()

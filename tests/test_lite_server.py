@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from lite_helper import CAPACITY, QUEUE, Server, wait_for
+from runs_helper import DIMS
 
 import gemma_tpu
 from gemma_tpu import cli, lite_cli, sampler
@@ -14,6 +15,7 @@ from gemma_tpu.asking import Asked, conversation, every
 from gemma_tpu.completions import Writer
 from gemma_tpu.drawing import Settings
 from gemma_tpu.endpoint import Endpoint
+from gemma_tpu.tiny import write_tiny
 from gemma_tpu.tokenizer import Tokenizer
 
 NEW = 12
@@ -21,17 +23,23 @@ TEXTS = ["one", "module counter(input clk", "x" * 30, "hello there"]
 
 
 @pytest.fixture(scope="module")
-def server(base32, compile_cache):
-    found = Server(base32)
+def base(tmp_path_factory):
+    """One local layer and one global: what compiles fastest."""
+    return write_tiny(tmp_path_factory.mktemp("lite") / "base", dtype="float32", **(DIMS | {"layers": 2}))
+
+
+@pytest.fixture(scope="module")
+def server(base, compile_cache):
+    found = Server(base)
     yield found
     found.stop()
     assert found.engine.state == "stopped" and found.engine.metrics.totals()["recompiles"] == 0
 
 
 @pytest.fixture(scope="module")
-def writer(base32, compile_cache):
+def writer(base, compile_cache):
     """What `gemma-tpu sample` prints comes from it."""
-    return Writer(sampler.Sampler(gemma_tpu.load(base32), rows=4), Tokenizer(base32))
+    return Writer(sampler.Sampler(gemma_tpu.load(base), rows=4), Tokenizer(base))
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +109,10 @@ def test_a_chat_streams_a_role_then_text_then_why_it_ended(server, greedy):
     assert deltas[-1]["finish_reason"] == greedy[-1]["finish_reason"]
 
 
-def test_the_log_probabilities_of_a_prompt_are_those_of_the_forward_pass(server, writer, base32):
+def test_the_log_probabilities_of_a_prompt_are_those_of_the_forward_pass(server, writer, base):
     """What lm-eval's local-completions asks for."""
     ids = writer.tokenizer.encode(TEXTS[1], bos=True)
-    logits_TV = np.asarray(gemma_tpu.load(base32)(np.array([ids]))[0])
+    logits_TV = np.asarray(gemma_tpu.load(base)(np.array([ids]))[0])
     wanted_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     for most in (0, 1):
         said = server.text(ids, max_tokens=most, echo=True, logprobs=3)["choices"][0]["logprobs"]
@@ -228,8 +236,8 @@ def test_a_full_queue_refuses_more_and_goes_on_with_the_rest(server):
         line.close()
 
 
-def test_prompts_that_come_together_share_a_sheet(base32, compile_cache):
-    found = Server(base32, max_wait=0.5)
+def test_prompts_that_come_together_share_a_sheet(base, compile_cache):
+    found = Server(base, max_wait=0.5)
     try:
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda text: found.text(text, max_tokens=1), TEXTS[:3]))
@@ -251,8 +259,8 @@ def test_the_metrics_split_the_time_of_a_request(server):
     assert server.metric("recompiles_total") == 0 and server.metric("compiled_programs") == 8
 
 
-def test_it_is_not_ready_before_it_has_compiled_nor_after_its_device_has_failed(base32, compile_cache, capsys):
-    found = Server(base32, compiled=False)
+def test_it_is_not_ready_before_it_has_compiled_nor_after_its_device_has_failed(base, compile_cache, capsys):
+    found = Server(base, compiled=False)
     hold = threading.Event()
     compile_, decode = found.engine.device.compile, found.engine.device.decode
     found.engine.device.compile = lambda told: hold.wait(30) and compile_(told)
@@ -284,8 +292,8 @@ def test_it_is_not_ready_before_it_has_compiled_nor_after_its_device_has_failed(
     (["BASE", "--mesh", "x=1"], "'x=1' is wrong"), (["BASE", "--host", "256.1.1.1"], "--host 256.1.1.1"),
     (["BASE", "--port", "TAKEN"], "give another --port"),
 ])  # fmt: skip
-def test_the_command_refuses_what_is_wrong(server, base32, capsys, argv, words):
-    named = {"BASE": str(base32), "TAKEN": str(server.port)}
+def test_the_command_refuses_what_is_wrong(server, base, capsys, argv, words):
+    named = {"BASE": str(base), "TAKEN": str(server.port)}
     port = [] if "--port" in argv else ["--port", "0"]
     assert cli.main(["serve-lite", *(named.get(word, word) for word in argv), *port]) == 2
     assert words in capsys.readouterr().err
