@@ -46,14 +46,18 @@ test: check ## lint and tests
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
 
-test-clients: .venv/.dev .client-envs/transformers-5.5 ## other programs on merged folders and adapters
-	$(BIN)/pytest -m slow tests/test_clients.py $(ARGS)
+test-clients: .venv/.dev .client-envs/transformers-5.5 .client-envs/lm_eval ## other programs on what is made here
+	$(BIN)/pytest -m slow tests/test_clients.py tests/test_lite_slow.py $(ARGS)
 
 .client-envs/transformers-5.5: # beside the packages of .venv, and before them
 	$(BIN)/pip install --quiet --target $@ 'transformers==5.5.*'
 
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .
+
+.client-envs/lm_eval: # in an environment of its own
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet 'lm-eval[api]==0.4.13' transformers
 
 bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
 	@set -e; for script in $(filter-out $(PEERS),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

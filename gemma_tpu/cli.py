@@ -25,6 +25,7 @@ from gemma_tpu import (
     eval_cli,
     handoff_cli,
     launch_cli,
+    lite_cli,
     plan_cli,
     sample_cli,
     serve_cli,
@@ -218,6 +219,7 @@ def build_parser() -> Parser:
     _add_stage(commands)
     handoff_cli.add_commands(commands, _command)
     _add_sample(commands)
+    lite_cli.add_arguments(_command(commands, "serve-lite", lite_cli.run, lite_cli.ABOUT, lite_cli.EXAMPLE))
     _add_eval(commands)
     return parser
 

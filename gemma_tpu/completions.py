@@ -74,7 +74,7 @@ class Writer:
         `on_text(i, new text)` is called as text comes, `on_done(i, completion)` for each that is complete.
         """
         check_stop(stop)
-        streams = [_Stream(self.tokenizer, stop) for _ in asked]
+        streams = [Stream(self.tokenizer, stop) for _ in asked]
 
         def finished(made: sampler.Completion) -> dict[str, Any]:
             text, _ = cut(self.tokenizer.decode(made.tokens), stop)
@@ -110,7 +110,7 @@ def first_end(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> i
     return high
 
 
-class _Stream:
+class Stream:
     """Shows text as it becomes certain: no half characters, and nothing that may turn out to be a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gemma_tpu import drawing, kv_cache
+from gemma_tpu import drawing, kv_cache, row_drawing
 from gemma_tpu.drawing import Numbers, Rules
 from gemma_tpu.kv_cache import Rings
 from gemma_tpu.mesh import constrain, spec_for
 from gemma_tpu.model import Decoder
+from gemma_tpu.row_drawing import RowNumbers
 from gemma_tpu.variants import Architecture
 
 STOPS = 8  # stop ids are padded to a multiple of it
@@ -70,8 +71,8 @@ class Starts(NamedTuple):
 class Call(NamedTuple):
     starts: Starts
     keep_B: Any  # rows that go on; the others were stopped from outside
-    stop_ids_N: Any
-    numbers: Numbers
+    stop_ids_N: Any  # of all rows, or [B, N]: each row's own
+    numbers: Numbers | RowNumbers
     steps: Any  # at most so many, and at most C
     patience: Any  # return when so many rows have ended
 
@@ -207,9 +208,11 @@ def _begin(state: State, store: Store, starts: Starts, number: Any) -> State:
 def _take(state: State, call: Call, rules: Rules):
     """The next token of every row, and which rows it ends."""
     logits_BV = constrain(state.logits_BV, "batch", None)
-    token_B, logprob_B = drawing.draw(
-        logits_BV, state.seen_BV, state.keys_B2, state.drawn_B, rules, call.numbers
-    )
+    sample = logits_BV, state.seen_BV, state.keys_B2, state.drawn_B
+    if isinstance(call.numbers, RowNumbers):
+        token_B, logprob_B = row_drawing.draw(*sample, call.numbers)
+    else:
+        token_B, logprob_B = drawing.draw(*sample, rules, call.numbers)
     stopped_B = state.active_B & jnp.any(token_B[:, None] == call.stop_ids_N, axis=1)
     drawn_B = state.drawn_B + 1
     seen_BV = state.seen_BV

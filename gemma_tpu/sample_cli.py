@@ -65,11 +65,11 @@ def _check(args: argparse.Namespace, target: str | Path, prompts: list[str]) -> 
 def _open(args: argparse.Namespace, target: Path, wanted: int) -> Any:
     from gemma_tpu.completions import ROWS, mesh_for, open_writer
 
-    sizes = None if args.mesh is None else _sizes(args.mesh)
+    sizes = None if args.mesh is None else mesh_sizes(args.mesh)
     return open_writer(target, mesh=mesh_for(target, sizes), rows=args.rows or min(ROWS, wanted))
 
 
-def _sizes(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
     found = {}
     for part in text.split(","):
         axis, _, number = part.strip().partition("=")

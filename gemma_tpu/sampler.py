@@ -158,11 +158,15 @@ def _group(prompts, settings: Settings, numbers, limits) -> deque[_Prompt]:
         tokens = tuple(int(token) for token in prompt)
         group = groups.setdefault(tokens, _Prompt(tokens))
         mine = len(group.samples) if numbers is None else numbers[number]
-        of_prompt = zlib.crc32(np.asarray(tokens, np.int64).tobytes())
-        key = np.random.SeedSequence([settings.seed, of_prompt, mine]).generate_state(2, np.uint32)
         limit = settings.max_new_tokens if limits is None else int(limits[number])
-        group.samples.append(_Sample(number, key, limit))
+        group.samples.append(_Sample(number, key_of(settings.seed, tokens, mine), limit))
     return deque(groups.values())
+
+
+def key_of(seed: int, prompt: Sequence[int], number: int) -> np.ndarray:
+    """What the random numbers of a prompt's sample come from."""
+    of_prompt = zlib.crc32(np.asarray(prompt, np.int64).tobytes())
+    return np.random.SeedSequence([seed, of_prompt, number]).generate_state(2, np.uint32)
 
 
 def _bucket(tokens: int) -> int:

@@ -56,7 +56,7 @@ def test_nothing_is_shown_that_may_still_be_taken_back(text, stop, sure):
             return text
 
     said = []
-    completions._Stream(Words(), stop).show([1], said.append)
+    completions.Stream(Words(), stop).show([1], said.append)
     assert "".join(said) == text[:sure]
 
 
