@@ -19,6 +19,7 @@ from typing import Any
 from gemma_tpu import (
     __version__,
     assets,
+    bench_cli,
     config,
     data_cli,
     devices,
@@ -231,6 +232,7 @@ def _add_configured(commands: Any) -> None:
             train_cli.add_arguments(one)
     data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
+    bench_cli.add_arguments(_command(commands, "bench", bench_cli.run, bench_cli.ABOUT, bench_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:
