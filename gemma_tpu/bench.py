@@ -23,7 +23,7 @@ from gemma_tpu.exchange import Dialect
 from gemma_tpu.load import Measured, learn, run_point, warm_up
 from gemma_tpu.points import Point
 from gemma_tpu.variants import Architecture
-from gemma_tpu.wire import Wire
+from gemma_tpu.wire import Wire, lift_limit
 
 SETTLE = 1.0  # seconds that a server has to put the last request into its metrics
 
@@ -69,6 +69,7 @@ def measure(
     if len(missing) < len(points):
         say(f"{len(points) - len(missing)} of {len(points)} points are in {out} already and are not run again")
     if missing:
+        lift_limit()
         sweep = _Sweep(server, settings, vocabulary, results, _prompts(settings, missing), say)
         asyncio.run(sweep.run(missing))
     return results
@@ -297,7 +298,7 @@ def _judged(point: Card, settings: Card, judge: Judge, unloaded: float | None) -
         floor = serving_floor.ttft_ms(judge.arch, fresh, judge.place)
     on = None if judge.place is None else judge.place.name
     able, share = saturation.keeps_up(point, unloaded)
-    found = {"keeps_up": able, "finishing_share": share, "ttft_floor_ms": None if floor is None else round(floor, 3),
+    found = {"keeps_up": able, "done_share": share, "ttft_floor_ms": None if floor is None else round(floor, 3),
              "flags": doubts.of_point(point, settings, unloaded, floor, on)}  # fmt: skip
     if judge.slo and point["requests"]:
         found |= latencies.goodput(point["requests"], point["duration"], judge.slo)

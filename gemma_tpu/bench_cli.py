@@ -190,7 +190,14 @@ def _amount(text: str) -> float:
     return float(text)
 
 
-_rates.__name__, _integers.__name__, _whole.__name__, _amount.__name__ = "rate", "integer", "integer", "number"
+def _seconds(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
+    return float(text)
+
+
+_rates.__name__, _integers.__name__, _whole.__name__ = "rate", "integer", "integer"
+_amount.__name__ = _seconds.__name__ = "number"
 
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
@@ -216,7 +223,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     how.add_argument("--warmup", metavar="N", type=_whole, help="requests before each shape, not counted (2)")
     how.add_argument("--shared-prefix", metavar="N", type=positive, help="the first N tokens of all prompts are the "
                      "same: what a prefix cache is worth")  # fmt: skip
-    how.add_argument("--timeout", metavar="S", type=_amount, help="seconds of silence that fail a request (600)")
+    how.add_argument("--timeout", metavar="S", type=_seconds, help="seconds of silence that fail a request (600)")
     how.add_argument("--kv-dtype", metavar="TYPE", help="of the server's KV cache, where it says only `auto`")
     how.add_argument("--note", metavar="NAME=VALUE", action="append", default=[],
                      help="a setting of the server to keep with the results; may be repeated")  # fmt: skip

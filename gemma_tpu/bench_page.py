@@ -25,6 +25,7 @@ from gemma_tpu.page import (
     bullets,
     details,
     facts,
+    legend,
     page,
     paragraph,
     plot,
@@ -39,8 +40,8 @@ DEFINED = (
     "TTFT: from sending a request to its first token. TPOT: time per output token after the first. ITL: from one token "
     "to the next. E2E: to the last token. All as `vllm bench serve` defines them, except that of several tokens in one "
     "chunk each has its share of the wait.",
-    f"A rate is kept up with if, while the second half of the requests arrives, at least {ENOUGH:.0%} as many finish. "
-    f"Arrivals must last {LEAST_TIMES:g} times as long as a request, or nothing can be told.",
+    f"A rate is kept up with if E2E does not grow through the second half of the requests: at least {ENOUGH:.0%} of "
+    f"what arrives is done. Arrivals must last {LEAST_TIMES:g} times as long as a request, or nothing can be told.",
     "Throughput is over all of a point, from its first request to its last answer.",
     "An outlined dot is the point at QPS inf: all requests at once.",
 )
@@ -139,21 +140,32 @@ def _picture(series: Sequence[Series], value: Callable[[Card], float | None], un
         return ""
     least, most = (min(finite), max(finite)) if finite else (1.0, 1.0)
     end = most * 2  # where QPS inf is drawn
-    x = Axis("requests a second (the last place: all at once)", least / 1.3, end * 1.3, log=True)
+    marks = _spread([(qps, f"{qps:g}") for qps in sorted(set(finite))], most / least)
+    some = any(math.isinf(float(one["qps"])) for _, points in found for one, _ in points)
+    x = Axis("requests a second", least / 1.3, end * 1.3, log=True, marks=[*marks, *([(end, "inf")] if some else [])])
     low, high = min(values), max(values)
-    y = Axis(unit, low / 1.6, high * 1.6, log=True) if log else Axis(unit, 0.0, high * 1.15)
-    curves, dots, taken = [], [], []
+    wide = log and high > 8 * low
+    y = Axis(unit, low / 1.6, high * 1.6, log=True) if wide else Axis(unit, 0.0, high * 1.15)
+    curves, dots = [], []
     for at, (name, points) in enumerate(found):
-        placed = [(end if math.isinf(float(one["qps"])) else float(one["qps"]), number, one) for one, number in points]
-        curves.append(Curve([(px, py) for px, py, _ in placed], at % COLOURS))
-        for number, (px, py, one) in enumerate(placed):
-            # Names that would lie on another one are left to the list below.
-            free = all(abs(y.place(py) - other) > 0.05 for other in taken)
-            label = name if number == len(placed) - 1 and free else ""
-            taken += [y.place(py)] if label else []
-            told = f"{name} at QPS {rate(one)}: {figure(py)} {unit}"
-            dots.append(Dot(px, py, label, told, at % COLOURS, 4.5, True, math.isinf(float(one["qps"]))))
-    return plot(x, y, curves, dots, f"{unit} over requests a second")
+        finite_points = [(float(one["qps"]), number) for one, number in points if not math.isinf(float(one["qps"]))]
+        curves += [Curve(finite_points, at % COLOURS)] if finite_points else []
+        for one, number in points:
+            infinite = math.isinf(float(one["qps"]))
+            told = f"{name} at QPS {rate(one)}: {figure(number)} {unit}"
+            place = end if infinite else float(one["qps"])
+            dots.append(Dot(place, number, "", told, at % COLOURS, 4.5, True, infinite))
+    drawn = plot(x, y, curves, dots, f"{unit} over requests a second", height=270)
+    return drawn + legend([(name, at % COLOURS) for at, (name, _) in enumerate(found)])
+
+
+def _spread(marks: Sequence[tuple[float, str]], span: float) -> list[tuple[float, str]]:
+    """Without those whose words would stand in the words of the one before, on an axis of logarithms."""
+    found: list[tuple[float, str]] = []
+    for one in marks:
+        if not found or math.log(one[0] / found[-1][0]) > 0.05 * math.log(4 * max(span, 2)):
+            found.append(one)
+    return found
 
 
 def _split(found: Card) -> str:

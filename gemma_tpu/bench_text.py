@@ -81,8 +81,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _saturation(found: Card) -> str:
     lines = [f"  {name}: {one['told']}" for name, one in found["saturation"].items()]
-    rule = (f"saturation (a rate is kept up with if, while the second half of the requests arrives, at least "
-            f"{ENOUGH:.0%} as many finish):")  # fmt: skip
+    rule = f"saturation (a rate is kept up with if E2E does not grow: at least {ENOUGH:.0%} of what arrives is done):"
     return "\n".join([rule, *lines]) if lines else ""
 
 

@@ -47,6 +47,7 @@ examples:
   gemma-tpu adapter runs/tiny_cpu --out adapters/mine   the adapter alone, as a PEFT folder
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
   gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json    is the difference significant?
+  gemma-tpu bench http://127.0.0.1:8000 --preset paper  a server under load: latency, throughput, saturation
   gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
 
 TARGET is a run folder (its adapter is applied) or a model folder.

@@ -1,12 +1,15 @@
 """Which rates a server keeps up with, and whether a run was long enough to tell.
 
-While requests arrive at a rate that a server keeps up with, as many finish as arrive once the first have had the time
-to: the number in flight has levelled off. So the second half of a point's arrivals is looked at. It keeps up where at
-least 90 % as many finish in that time as arrive in it, beyond what chance explains; the saturation QPS of a shape is
-the highest rate of its sweep below the first that it does not keep up with.
+A server that gets more than it can do has a backlog that grows, and requests take longer and longer: of every second
+of arrivals at rho times its capacity, rho - 1 seconds are left over. So the E2E of the second half of a point's
+requests is looked at. A rate is not kept up with where it grows by more than a ninth of a second for each second of
+arrivals (less than 90 % of what arrives is done), and by more than half of what an unloaded request takes. The
+saturation QPS of a shape is the highest rate of its sweep below the first that the server does not keep up with.
 
-A point whose arrivals last less than three times as long as a request takes has no such level, at any rate: 30 requests
-at QPS 32 have all arrived before the first has finished, and say nothing about QPS 32.
+A point whose arrivals last less than three times as long as a request takes cannot tell, at any rate: 30 requests
+at QPS 32 have all arrived before the first has finished, and say nothing about QPS 32. Nor can one in which requests
+take longer and longer only because more and more are in flight: where they take less than three times as long as an
+unloaded one, arrivals must last three times as long as that.
 """
 
 import math
@@ -16,7 +19,9 @@ from typing import Any
 import numpy as np
 
 LEAST_TIMES = 3.0  # arrivals last at least so many times as long as a request
-ENOUGH = 0.9
+LEAST_RISE = 0.5  # of what an unloaded request takes
+LEAST_REQUESTS = 5  # in the second half
+ENOUGH = 0.9  # of what arrives, to be done
 
 Card = dict[str, Any]
 
@@ -59,20 +64,24 @@ def steady(point: Mapping[str, Any], unloaded: float | None) -> bool:
 
 
 def keeps_up(point: Mapping[str, Any], unloaded: float | None) -> tuple[bool | None, float | None]:
-    """Does the server keep up, and what share of the second half of arrivals finishes meanwhile? None: cannot tell."""
+    """Does the server keep up, and what share of the arrivals does it get done? None: cannot tell."""
     if point["failed"] > (1 - ENOUGH) * (point["completed"] + point["failed"]):
         return False, None
     if not steady(point, unloaded) or not point.get("requests"):
         return None, None
     whole = [one for one in point["requests"] if "error" not in one]
-    sent = np.array([one["sent"] for one in whole])
-    done = sent + np.array([one["e2e_ms"] for one in whole]) / 1e3
-    half, end = (sent.min() + sent.max()) / 2, sent.max()
-    arrived, finished = int((sent > half).sum()), int(((done > half) & (done <= end)).sum())
-    in_flight = int((sent <= half).sum() - (done <= half).sum())
-    # The number in flight is a Poisson one: the difference of two such varies by sqrt(2 n).
-    allowed = (1 - ENOUGH) * arrived + 2 * math.sqrt(2 * in_flight)
-    return bool(arrived - finished <= allowed), round(finished / arrived, 4) if arrived else None
+    sent, took = np.array([one["sent"] for one in whole]), np.array([one["e2e_ms"] for one in whole])
+    late = sent > (sent.min() + sent.max()) / 2
+    if late.sum() < LEAST_REQUESTS:
+        return None, None
+    growth = float(np.polyfit(sent[late], took[late], 1)[0]) / 1e3  # seconds of E2E for each second of arrivals
+    done = round(1 / (1 + max(0.0, growth)), 4)
+    rise = 1e3 * growth * float(np.ptp(sent[late]))
+    if done >= ENOUGH or rise <= LEAST_RISE * unloaded:
+        return True, done
+    middle = float(np.median(took))
+    proven = middle >= LEAST_TIMES * unloaded or 1e3 * arrival_seconds(point) >= LEAST_TIMES * middle
+    return (False, done) if proven else (None, done)
 
 
 def of_shape(points: Sequence[Card]) -> Card:

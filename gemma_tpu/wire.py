@@ -7,6 +7,7 @@ clock would be measured with it.
 import asyncio
 import contextlib
 import json
+import resource
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -53,7 +54,8 @@ class Wire:
 
     def __init__(self, url: str, key: str | None = None, silence: float = 600.0):
         parts = urlsplit(url)
-        self._host, self._tls = parts.hostname or "", parts.scheme == "https"
+        self._host = parts.hostname or ""
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._path, self._silence = parts.path.rstrip("/"), silence
         self._idle: list[_Line] = []
@@ -112,8 +114,7 @@ class Wire:
             line.writer.close()
         try:
             async with asyncio.timeout(self._silence):
-                secure = ssl.create_default_context() if self._tls else None
-                return _Line(*await asyncio.open_connection(self._host, self._port, ssl=secure, limit=HEAD))
+                return _Line(*await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=HEAD))
         except TimeoutError:
             raise Broken("no_connection", f"no connection within {self._silence:g} s") from None
         except OSError as error:
@@ -177,6 +178,13 @@ class Wire:
             raise Broken("not_http", f"a line or a head of more than {HEAD} bytes") from None
         except OSError as error:
             raise Broken("closed", _told(error)) from None
+
+
+def lift_limit() -> None:
+    """As many open connections as the system lets this process have: an open loop has no bound of its own."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _ended(pieces: AsyncIterator[tuple[float, bytes]]) -> bool:

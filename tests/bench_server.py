@@ -5,7 +5,7 @@ import json
 import threading
 import time
 
-WORD = " module"  # one token of the tiny vocabulary, and its answers
+WORD = ";"  # one token of the tiny vocabulary, and its answers
 
 
 class Server:
