@@ -19,7 +19,7 @@ def show(found: Card) -> str:
     parts = [
         _about(server, settings, found),
         table(HEAD + (("good",) if found["slo"] else ()), [_row(one, found["slo"]) for one in found["points"]]),
-        "milliseconds; req/s, tok/s and good over all of a point, its last answers included",
+        "milliseconds; req/s, tok/s and good over all of a point, its last answers included" + _generator(found),
         _saturation(found),
         _split(found["points"]),
         _flags(found),
@@ -41,6 +41,16 @@ def _about(server: Card, settings: Card, found: Card) -> str:
     if found["slo"]:
         lines += ["SLO: " + ", ".join(f"{name} at most {most:g} ms" for name, most in found["slo"].items())]
     return "\n".join(line for line in lines if line)
+
+
+def _generator(found: Card) -> str:
+    """How late the load generator itself was, at worst."""
+    worst = [max((one[name]["p99"] or 0.0 for one in found["points"] if one.get(name)), default=None)
+             for name in ("lag_ms", "beat_ms")]  # fmt: skip
+    if None in worst:
+        return ""
+    return (f"\nthis client, at worst (p99 of a point): requests sent {figure(worst[0])} ms late, held up for "
+            f"{figure(worst[1])} ms")  # fmt: skip
 
 
 def shape(point: Card) -> str:

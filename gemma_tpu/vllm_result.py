@@ -60,6 +60,8 @@ def point(found: Card) -> Card:
         "fixed_output": False,  # their file does not say what was asked for
         "requests": [],
     }
+    if card["e2e_ms"]["p50"] is None and found.get("latencies") and not failed:
+        card["e2e_ms"] = percentiles(found["latencies"])  # newer files keep them without --save-detailed
     return card | _detailed(found) if {"ttfts", "start_times"} <= set(found) else card
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from gemma_tpu import cli
+from gemma_tpu.bench_prompts import Vocabulary, random_prompts
 from gemma_tpu.tiny import write_tiny
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ CLIENTS = Path(os.environ.get("GEMMA_TPU_CLIENTS", Path(__file__).parent.parent 
 PYTHON = CLIENTS / "vllm" / "bin" / "python"
 QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 INPUT, OUTPUT, PROMPTS, RUNS = 64, 24, 24, 3
-RATES = (1, 3)  # below saturation on two cores
+RATES = (2, 5)  # below saturation on two cores
 STARTING = 300.0
 CLOSE = 0.05
 # The command `vllm` of the CPU wheel does not start: it looks for a distribution of another name.
@@ -77,22 +78,32 @@ def url(model, tmp_path_factory):
             process.wait()
 
 
-def theirs(url, model, rate, file):
-    command = [PYTHON, "-c", PEER, "--base-url", url, "--model", model, "--dataset-name", "random",
-               "--random-input-len", INPUT, "--random-output-len", OUTPUT, "--num-prompts", PROMPTS, "--request-rate",
-               rate, "--temperature", 0, "--num-warmups", 2, "--percentile-metrics", "ttft,tpot,itl,e2el",
-               "--metric-percentiles", "50,90,99", "--save-result", "--save-detailed", "--result-filename", file,
-               "--seed", file.stem[-1]]  # fmt: skip
+@pytest.fixture(scope="module")
+def prompts(model, tmp_path_factory):
+    """The same for both: the peer's own random prompts have other lengths than asked for with so small a vocabulary."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    made = random_prompts(Vocabulary(model), PROMPTS + 2, INPUT, key=[0], chat=False, extra=1)  # 1: a BOS
+    file.write_text("".join(json.dumps({"prompt": one.content}) + "\n" for one in made))
+    return file
+
+
+def theirs(url, model, prompts, rate, file):
+    command = [PYTHON, "-c", PEER, "--base-url", url, "--model", model, "--dataset-name", "custom", "--dataset-path",
+               prompts, "--skip-chat-template", "--disable-shuffle", "--custom-output-len", OUTPUT, "--ignore-eos",
+               "--num-prompts", PROMPTS, "--request-rate", rate, "--temperature", 0, "--num-warmups", 2,
+               "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99", "--save-result",
+               "--save-detailed", "--result-filename", file, "--seed", file.stem[-1]]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment(),
                           cwd=file.parent)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(file.read_text())
     assert found["completed"] == PROMPTS
+    assert set(found["input_lens"]) == {INPUT} and set(found["output_lens"]) == {OUTPUT}
     return {name: found[key] for name, (_, key) in FIGURES.items()} | {"tokens/s": found["output_throughput"]}
 
 
-def ours(url, model, rate, file, capsys):
-    code = cli.main(["bench", url, "--json", "--tokenizer", str(model), "--input", str(INPUT), "--output", str(OUTPUT),
+def ours(url, model, prompts, rate, file, capsys):
+    code = cli.main(["bench", url, "--json", "--tokenizer", str(model), "--data", str(prompts), "--output", str(OUTPUT),
                      "--qps", str(rate), "--prompts", str(PROMPTS), "--seed", file.stem[-1], "--out",
                      str(file)])  # fmt: skip
     found = json.loads(capsys.readouterr().out)
@@ -103,11 +114,14 @@ def ours(url, model, rate, file, capsys):
     return {name: found[key]["p50"] for name, (key, _) in FIGURES.items()} | {"tokens/s": found["output_throughput"]}
 
 
-def test_medians_and_throughput_are_those_of_vllm_bench_serve(url, model, tmp_path, capsys):
+def test_medians_and_throughput_are_those_of_vllm_bench_serve(url, model, prompts, tmp_path, capsys):
     lines, wrong = [], []
     for rate in RATES:
-        runs = [(ours(url, model, rate, tmp_path / f"ours-{rate}-{run}.json", capsys),
-                 theirs(url, model, rate, tmp_path / f"theirs-{rate}-{run}.json")) for run in range(RUNS)]  # fmt: skip
+        runs = [
+            (ours(url, model, prompts, rate, tmp_path / f"ours-{rate}-{run}.json", capsys),
+             theirs(url, model, prompts, rate, tmp_path / f"theirs-{rate}-{run}.json"))
+            for run in range(RUNS)
+        ]  # fmt: skip
         for name in runs[0][0]:
             mine, peers = (np.array([one[side][name] for one in runs]) for side in (0, 1))
             middle, peer = np.median(mine), np.median(peers)
@@ -115,16 +129,27 @@ def test_medians_and_throughput_are_those_of_vllm_bench_serve(url, model, tmp_pa
             lines.append(f"QPS {rate}  {name:8}  {middle:8.2f} {mine.round(2)}  {peer:8.2f} {peers.round(2)}  "
                          f"{middle / peer - 1:+.1%}, allowed {allowed / peer:.1%}")  # fmt: skip
             wrong += [lines[-1]] if abs(middle - peer) > allowed else []
-    with capsys.disabled():
+    with capsys.disabled():  # the table of a run by hand
         print("\n" + "\n".join(lines))
     assert not wrong
 
 
-def test_its_detailed_file_is_read_as_it_counts(url, model, tmp_path, capsys):
+def test_its_detailed_file_is_read_as_it_counts(url, model, prompts, tmp_path, capsys):
     file = tmp_path / "theirs-0.json"
-    wanted = theirs(url, model, 8, file)
+    wanted = theirs(url, model, prompts, 8, file)
     assert cli.main(["bench", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for name, (key, _) in FIGURES.items():
         assert found[key]["p50"] == pytest.approx(wanted[name], rel=1e-4)
     assert found["output_throughput"] == pytest.approx(wanted["tokens/s"])
+
+
+def test_random_prompts_have_the_servers_own_count_of_tokens(url, model, tmp_path, capsys):
+    """By both endpoints; the tokenizer is found where the server loaded the model."""
+    for endpoint, tokens in (("completions", 40), ("chat", 60)):
+        file = tmp_path / f"{endpoint}.json"
+        words = ["--endpoint", endpoint, "--input", tokens, "--output", 8, "--qps", "inf", "--prompts", 6, "--out", file]
+        assert cli.main(["bench", url, "--json", *map(str, words)]) == 0
+        point = json.loads(capsys.readouterr().out)["points"][0]
+        assert {one["input_tokens"] for one in point["requests"]} == {tokens}
+        assert {one["output_tokens"] for one in point["requests"]} == {8} and point["counted_by"] == ["usage"]
