@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu import vllm_result
+from gemma_tpu.doubts import OURS
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.points import Point
 from gemma_tpu.runs import write_text
@@ -68,7 +69,7 @@ def begin(path: Path, settings: Card, server: Card, client: Card) -> Results:
         made.save()
         return made
     found = read(path)
-    if found.settings.get("source") != "gemma-tpu bench":
+    if found.settings.get("source") != OURS:
         raise UserError(f"--out {path}: is there and no result of this command; name another file")
     changed = [
         f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"

@@ -1,9 +1,10 @@
 """A measurement in the terminal: one line a point, then what they say together, then every doubt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gemma_tpu.doubts import OURS
 from gemma_tpu.saturation import ENOUGH
 
 Card = dict[str, Any]
@@ -32,7 +33,7 @@ def _about(server: Card, settings: Card, found: Card) -> str:
     known = {"version": server.get("version"), **(server.get("settings") or {}), **(settings.get("notes") or {})}
     known |= {"kv dtype": settings["kv_dtype"]} if settings.get("kv_dtype") else {}
     lines += [", ".join(f"{name} {value}" for name, value in known.items() if value is not None)]
-    if settings["source"] == "gemma-tpu bench":
+    if settings["source"] == OURS:
         prefix = settings["shared_prefix"]
         shared = f"the first {prefix} tokens of each prompt shared" if prefix else "no prompt is used twice"
         what = settings["data"] or f"random prompts, {shared}"
@@ -120,6 +121,7 @@ def _flags(found: Card) -> str:
 
 # --- several runs ---
 
+NEAR = 0.02  # lengths that differ by less are the same
 COMPARED = (("output_throughput", None, "out tok/s"), *((name, "p50", f"{NAMES[name]} p50") for name in LATENCIES))
 
 
@@ -128,7 +130,7 @@ def compare(cards: Sequence[tuple[str, Card]]) -> Card:
     keys: dict[tuple[str, str], list[Card | None]] = {}
     for at, (_, card) in enumerate(cards):
         for one in card["points"]:
-            keys.setdefault((shape(one), rate(one)), [None] * len(cards))[at] = one
+            keys.setdefault(_same(one, keys), [None] * len(cards))[at] = one
     rows = [
         {"shape": key[0], "qps": key[1],
          **{label: [None if one is None else _value(one, name, part) for one in points]
@@ -145,6 +147,22 @@ def compare(cards: Sequence[tuple[str, Card]]) -> Card:
                   "saturation": {key: one["told"] for key, one in card["saturation"].items()}} for name, card in cards],
         "points": rows, "alone": alone,
     }  # fmt: skip
+
+
+def _same(point: Card, keys: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """The key of this point, or that of one whose lengths are as good as the same: a BOS more, or means of prompts that
+    are not all as long as asked for."""
+    for key in keys:
+        there = key[0].split("/")
+        if key[1] == rate(point) and all(map(_near, shape(point).split("/"), there)):
+            return key
+    return shape(point), rate(point)
+
+
+def _near(one: str, other: str) -> bool:
+    if not (one.isdigit() and other.isdigit()):
+        return one == other
+    return abs(int(one) - int(other)) <= max(1, NEAR * int(other))
 
 
 def _value(one: Card, name: str, part: str | None) -> float | None:

@@ -9,6 +9,7 @@ from gemma_tpu.saturation import LEAST_TIMES, arrival_seconds, steady, whole_ms
 LATE_MS, LATE_SHARE = 5.0, 0.05  # of the median TTFT: what the sender may be late
 CACHED = 0.02  # of the prompt tokens, from the prefix cache
 FOR_P99 = 100
+OURS = "gemma-tpu bench"  # the source of a result of this command
 
 Card = Mapping[str, Any]
 Flags = dict[str, str]
@@ -106,9 +107,9 @@ def of_run(settings: Card, server: Card, points: list[Card]) -> Flags:
     found: Flags = {}
     said = (server.get("settings") or {}).get("cache_dtype")
     if settings.get("kv_dtype") is None and said in (None, "auto"):
-        told = "says auto" if said else "does not say"
-        found["kv_dtype_unknown"] = (f"the dtype of the KV cache: the server {told}, and --kv-dtype is not given; "
-                                     "results with other dtypes cannot be compared")  # fmt: skip
+        told = "the server says auto" if said else "the server does not say"
+        told = f"{told}, and --kv-dtype is not given" if settings["source"] == OURS else "the file does not say"
+        found["kv_dtype_unknown"] = f"the dtype of the KV cache: {told}; results with other dtypes cannot be compared"
     few = [one["completed"] for one in points if 0 < one["completed"] < FOR_P99]
     if few:
         found["few_for_p99"] = f"a p99 of TTFT, TPOT or E2E over {min(few)} requests is about their maximum"

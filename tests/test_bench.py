@@ -322,6 +322,11 @@ def test_two_runs_are_compared_where_they_have_the_same_points(server, bench, tm
     fast, slow = found["points"][0]["TPOT p50"]
     assert slow / fast == pytest.approx(2.0, rel=0.2)
     assert sorted(found["alone"]) == ["24/12 at QPS 80: only in slow", "24/12 at QPS inf: only in fast"]
+    near = json.loads((tmp_path / "slow.json").read_text())
+    for point in near["points"]:
+        point["input"] += 1  # a BOS that the other did not count
+    (tmp_path / "near.json").write_text(json.dumps(near))
+    assert len(bench("--compare", files[0], tmp_path / "near.json", url=None)["points"]) == 1
     page = tmp_path / "both.html"
     assert cli.main(["bench", "--compare", *files, str(DATA / "vllm_bench_plain.json"), "--html", str(page)]) == 0
     printed = capsys.readouterr().out

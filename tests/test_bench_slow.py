@@ -148,7 +148,8 @@ def test_random_prompts_have_the_servers_own_count_of_tokens(url, model, tmp_pat
     """By both endpoints; the tokenizer is found where the server loaded the model."""
     for endpoint, tokens in (("completions", 40), ("chat", 60)):
         file = tmp_path / f"{endpoint}.json"
-        words = ["--endpoint", endpoint, "--input", tokens, "--output", 8, "--qps", "inf", "--prompts", 6, "--out", file]
+        words = ["--endpoint", endpoint, "--input", tokens, "--output", 8, "--qps", "inf", "--prompts", 6]
+        words += ["--out", file]
         assert cli.main(["bench", url, "--json", *map(str, words)]) == 0
         point = json.loads(capsys.readouterr().out)["points"][0]
         assert {one["input_tokens"] for one in point["requests"]} == {tokens}

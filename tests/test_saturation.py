@@ -7,7 +7,7 @@ import pytest
 from gemma_tpu import arrivals, chips, doubts, saturation, serving_floor, sizes
 from gemma_tpu.latencies import Reply, summary
 
-SETTINGS = {"shared_prefix": 0, "kv_dtype": None}
+SETTINGS = {"shared_prefix": 0, "kv_dtype": None, "source": doubts.OURS}
 
 
 def queue(qps, count, service, slots=1, kind="poisson", seed=0):
@@ -121,5 +121,7 @@ def test_a_run_says_when_the_kv_dtype_is_not_known():
     assert "says auto" in doubts.of_run(SETTINGS, server, [])["kv_dtype_unknown"]
     assert "kv_dtype_unknown" not in doubts.of_run(SETTINGS | {"kv_dtype": "bfloat16"}, server, [])
     assert "kv_dtype_unknown" not in doubts.of_run(SETTINGS, {"settings": {"cache_dtype": "fp8_e5m2"}}, [])
+    assert "the file does not say" in doubts.of_run(SETTINGS | {"source": "vllm bench serve"}, server, [])[
+        "kv_dtype_unknown"]  # fmt: skip
     assert "few_for_p99" in doubts.of_run(SETTINGS, server, [queue(1.0, 30, 0.1)])
     assert "few_for_p99" not in doubts.of_run(SETTINGS, server, [queue(1.0, 100, 0.1)])
