@@ -34,10 +34,12 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
         raise UserError("nothing to measure: give the URL of a server, a result file, or --compare FILE FILE")
     if "://" not in args.target:
         _only_files(args, given, [])
+        if not Path(args.target).exists():
+            raise UserError(f"{args.target}: no such file, and no URL of a server, which begins with http://")
         results = bench_file.read(Path(args.target))
+        found = _assess(args, results, slo)
     else:
-        results = _measure(args)
-    found = _assess(args, results, slo)
+        results, found = _measure(args, slo)
     print(bench_text.show(found), flush=True)
     _write(args, found, None)
     if results.path is not None and "://" in args.target:
@@ -53,14 +55,15 @@ def _only_files(args: argparse.Namespace, given: list[str], targets: list[str]) 
         raise UserError(f"{named}: of a measurement, and a result file is one already; give the URL of a server")
 
 
-def _measure(args: argparse.Namespace) -> bench_file.Results:
+def _measure(args: argparse.Namespace, slo: dict[str, float]) -> tuple[bench_file.Results, Result]:
     from gemma_tpu import bench
 
     wanted = _points(args)
     notes = _notes(args.note)
     if args.on is not None:
-        chips.find(args.on)  # what is wrong with it is said before an hour of measuring
+        chips.find(args.on)
     server = scrape.server(args.target, args.model)
+    judge = _judge(args, slo, server.to_json())
     tokenizer = args.tokenizer
     if tokenizer is None and server.root is not None and (Path(server.root) / "tokenizer.json").is_file():
         tokenizer = server.root
@@ -69,7 +72,8 @@ def _measure(args: argparse.Namespace) -> bench_file.Results:
         2 if args.warmup is None else args.warmup, args.shared_prefix or 0, tokenizer, args.data, args.kv_dtype,
         args.timeout or 600.0,
     )  # fmt: skip
-    return bench.measure(server, wanted, settings, args.out or _default_out(server), notes, _say)
+    results = bench.measure(server, wanted, settings, args.out or _default_out(server), notes, _say)
+    return results, bench.assess(results, judge)
 
 
 def _points(args: argparse.Namespace) -> tuple[Point, ...]:
@@ -116,12 +120,19 @@ def _default_out(server: scrape.Server) -> Path:
 def _assess(args: argparse.Namespace, results: bench_file.Results, slo: dict[str, float]) -> Result:
     from gemma_tpu import bench
 
+    return bench.assess(results, _judge(args, slo, results.server))
+
+
+def _judge(args: argparse.Namespace, slo: dict[str, float], server: Result) -> Any:
+    """What results are held against; what is wrong with it is said before an hour of measuring."""
+    from gemma_tpu.bench import Judge
+
     place = None if args.on is None else chips.find(args.on)
     arch = None
     if place is not None:
         from gemma_tpu.subject import find_model
 
-        served = results.server.get("root") or results.server.get("model") or ""
+        served = server.get("root") or server.get("model") or ""
         try:
             arch = find_model(args.weights or served).architecture
         except UserError as error:
@@ -132,12 +143,15 @@ def _assess(args: argparse.Namespace, results: bench_file.Results, slo: dict[str
                             "google/gemma-4-31B-it") from error  # fmt: skip
     elif args.weights is not None:
         raise UserError("--weights says whose arithmetic is held against --on SLICE; give that too")
-    return bench.assess(results, bench.Judge(slo, place, arch))
+    return Judge(slo, place, arch)
 
 
 def _compare(args: argparse.Namespace, slo: dict[str, float]) -> tuple[Result, int]:
     if len(args.compare) < 2:
         raise UserError("--compare needs two result files or more")
+    missing = [name for name in args.compare if not Path(name).is_file()]
+    if missing:
+        raise UserError(f"--compare: no such file: {', '.join(missing)}")
     cards = [(Path(name).stem, _assess(args, bench_file.read(Path(name)), slo)) for name in args.compare]
     found = bench_text.compare(cards)
     print(bench_text.show_compared(found), flush=True)

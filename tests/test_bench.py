@@ -239,6 +239,7 @@ def test_own_prompts_are_sent_as_they_stand_once_each(server, bench, tmp_path):
     (("--input", 8, "--output", 8, "--qps", 1, "--model", "other"), "serves tiny"),
     (("--input", 8, "--output", 8, "--qps", 1, "--slo", "fast"), "--slo fast"),
     (("--input", 8, "--output", 8, "--qps", 1, "--on", "v9-1"), "no slice that is known"),
+    (("--input", 8, "--output", 8, "--qps", 1, "--on", "v6e-8"), "give --weights DIR or a published name"),
     (("--input", 8, "--output", 8, "--qps", 1, "--note", "x"), "NAME=VALUE"),
     (("--input", 8, "--output", 8, "--qps", 1, "--shared-prefix", 8), "must be less than the 8 tokens"),
     (("--compare", "a", "b"), "takes result files alone"),
@@ -373,7 +374,9 @@ def test_a_damaged_or_foreign_file_is_refused(bench, tmp_path, server):
                        ("", "neither a result")):  # fmt: skip
         file.write_text(text)
         assert said in bench(url=str(file), code=2)["error"]
-    assert "cannot be read" in bench(url=str(tmp_path / "none.json"), code=2)["error"]
+    assert "no such file" in bench(url=str(tmp_path / "none.json"), code=2)["error"]
+    assert "begins with http://" in bench(url="localhost:8000", code=2)["error"]
+    assert "no such file: a, b" in bench("--compare", "a", "b", url=None, code=2)["error"]
     shutil.copy(DATA / "vllm_bench_plain.json", file)
     assert "no result of this command" in bench(*ONE, code=2, out="x.json")["error"]
     assert bench_file.read(file).points[0]["qps"] in ("inf", 2) or math.isfinite(bench_file.read(file).points[0]["qps"])

@@ -28,9 +28,19 @@ INPUT, OUTPUT, PROMPTS, RUNS = 64, 24, 24, 3
 RATES = (2, 5)  # below saturation on two cores
 STARTING = 300.0
 CLOSE = 0.05
-# The command `vllm` of the CPU wheel does not start: it looks for a distribution of another name.
-PEER = ("from vllm.benchmarks import serve; from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser; "
-        "parser = Parser(); serve.add_cli_args(parser); serve.main(parser.parse_args())")  # fmt: skip
+# `vllm bench serve` again and again in one process, which takes a minute to start on two busy cores: arguments in, a
+# line back. (The command `vllm` of the CPU wheel does not start: it looks for a distribution of another name.)
+PEER = """
+import json, sys
+from vllm.benchmarks import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    serve.main(parser.parse_args(json.loads(line)))
+    print("measured", file=out, flush=True)
+"""
 FIGURES = {"TTFT": ("ttft_ms", "median_ttft_ms"), "TPOT": ("tpot_ms", "median_tpot_ms"),
            "ITL": ("itl_ms", "median_itl_ms"), "E2E": ("e2e_ms", "median_e2el_ms")}  # fmt: skip
 
@@ -79,23 +89,38 @@ def url(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prompts(model, tmp_path_factory):
+def prompts(model):
     """The same for both: the peer's own random prompts have other lengths than asked for with so small a vocabulary."""
-    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    made = random_prompts(Vocabulary(model), PROMPTS + 2, INPUT, key=[0], chat=False, extra=1)  # 1: a BOS
-    file.write_text("".join(json.dumps({"prompt": one.content}) + "\n" for one in made))
-    return file
+    vocabulary = Vocabulary(model)
+    return [one.content for one in random_prompts(vocabulary, PROMPTS + 2, INPUT, key=[0], chat=False)]
 
 
-def theirs(url, model, prompts, rate, file):
-    command = [PYTHON, "-c", PEER, "--base-url", url, "--model", model, "--dataset-name", "custom", "--dataset-path",
-               prompts, "--skip-chat-template", "--disable-shuffle", "--custom-output-len", OUTPUT, "--ignore-eos",
-               "--num-prompts", PROMPTS, "--request-rate", rate, "--temperature", 0, "--num-warmups", 2,
-               "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99", "--save-result",
-               "--save-detailed", "--result-filename", file, "--seed", file.stem[-1]]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment(),
-                          cwd=file.parent)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """Asks the peer's process for one measurement."""
+    log = tmp_path_factory.mktemp("peer") / "log"
+    with log.open("w") as stream, subprocess.Popen(
+        [PYTHON, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+        env=environment(), cwd=log.parent,
+    ) as process:  # fmt: skip
+
+        def measure(*arguments):
+            process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "measured\n", log.read_text()[-3000:]
+
+        yield measure
+        process.stdin.close()
+
+
+def theirs(peer, url, model, prompts, rate, file):
+    data = file.with_suffix(".data")
+    data.write_text(json.dumps([{"conversations": [{"value": one}, {"value": one}]} for one in prompts[:PROMPTS]]))
+    peer("--base-url", url, "--model", model, "--dataset-name", "sharegpt", "--dataset-path", data,
+         "--sharegpt-output-len", OUTPUT, "--disable-shuffle", "--ignore-eos", "--num-prompts", PROMPTS,
+         "--request-rate", rate, "--temperature", 0, "--num-warmups", 2, "--percentile-metrics", "ttft,tpot,itl,e2el",
+         "--metric-percentiles", "50,90,99", "--save-result", "--save-detailed", "--result-filename", file, "--seed",
+         file.stem[-1])  # fmt: skip
     found = json.loads(file.read_text())
     assert found["completed"] == PROMPTS
     assert set(found["input_lens"]) == {INPUT} and set(found["output_lens"]) == {OUTPUT}
@@ -103,7 +128,9 @@ def theirs(url, model, prompts, rate, file):
 
 
 def ours(url, model, prompts, rate, file, capsys):
-    code = cli.main(["bench", url, "--json", "--tokenizer", str(model), "--data", str(prompts), "--output", str(OUTPUT),
+    data = file.with_suffix(".data")
+    data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    code = cli.main(["bench", url, "--json", "--tokenizer", str(model), "--data", str(data), "--output", str(OUTPUT),
                      "--qps", str(rate), "--prompts", str(PROMPTS), "--seed", file.stem[-1], "--out",
                      str(file)])  # fmt: skip
     found = json.loads(capsys.readouterr().out)
@@ -114,12 +141,12 @@ def ours(url, model, prompts, rate, file, capsys):
     return {name: found[key]["p50"] for name, (key, _) in FIGURES.items()} | {"tokens/s": found["output_throughput"]}
 
 
-def test_medians_and_throughput_are_those_of_vllm_bench_serve(url, model, prompts, tmp_path, capsys):
+def test_medians_and_throughput_are_those_of_vllm_bench_serve(peer, url, model, prompts, tmp_path, capsys):
     lines, wrong = [], []
     for rate in RATES:
         runs = [
             (ours(url, model, prompts, rate, tmp_path / f"ours-{rate}-{run}.json", capsys),
-             theirs(url, model, prompts, rate, tmp_path / f"theirs-{rate}-{run}.json"))
+             theirs(peer, url, model, prompts, rate, tmp_path / f"theirs-{rate}-{run}.json"))
             for run in range(RUNS)
         ]  # fmt: skip
         for name in runs[0][0]:
@@ -134,9 +161,9 @@ def test_medians_and_throughput_are_those_of_vllm_bench_serve(url, model, prompt
     assert not wrong
 
 
-def test_its_detailed_file_is_read_as_it_counts(url, model, prompts, tmp_path, capsys):
+def test_its_detailed_file_is_read_as_it_counts(peer, url, model, prompts, tmp_path, capsys):
     file = tmp_path / "theirs-0.json"
-    wanted = theirs(url, model, prompts, 8, file)
+    wanted = theirs(peer, url, model, prompts, 8, file)
     assert cli.main(["bench", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for name, (key, _) in FIGURES.items():
