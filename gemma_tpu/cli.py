@@ -19,6 +19,7 @@ from typing import Any
 from gemma_tpu import (
     __version__,
     assets,
+    bench_cli,
     config,
     data_cli,
     devices,
@@ -49,6 +50,7 @@ examples:
   gemma-tpu adapter runs/tiny_cpu --out adapters/mine   the adapter alone, as a PEFT folder
   gemma-tpu eval tiny runs/tiny_cpu                     pass@1 on held-out problems, base and tuned
   gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json    is the difference significant?
+  gemma-tpu bench http://127.0.0.1:8000 --preset paper  a server under load: latency, throughput, saturation
   gemma-tpu sample runs/tiny_cpu --prompt "..."         text from the tuned model; without a prompt, a chat
 
 TARGET is a run folder (its adapter is applied) or a model folder.
@@ -238,6 +240,7 @@ def _add_configured(commands: Any) -> None:
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
     launch_cli.add_arguments(_command(commands, "launch", launch_cli.run, launch_cli.ABOUT, launch_cli.EXAMPLE))
     serve_cli.add_arguments(_command(commands, "serve", serve_cli.run, serve_cli.ABOUT, serve_cli.EXAMPLE))
+    bench_cli.add_arguments(_command(commands, "bench", bench_cli.run, bench_cli.ABOUT, bench_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:

@@ -37,12 +37,9 @@ class Endpoint:
         self, url: str, *, model: str | None = None, key: str | None = None, concurrency: int = CONCURRENCY,
         timeout: float = TIMEOUT, attempts: int = retry.ATTEMPTS,
     ):  # fmt: skip
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url}: an endpoint is a URL that begins with http:// or https://")
+        self.url = api(url)
         if concurrency < 1:
             raise UserError(f"concurrency is {concurrency}: it must be at least 1")
-        base = url.rstrip("/")
-        self.url = base if base.endswith("/v1") else f"{base}/v1"
         self._key = os.environ.get("OPENAI_API_KEY") if key is None else key
         self._concurrency, self._timeout, self._attempts = concurrency, timeout, attempts
         self.model = model or self._only_model()
@@ -144,15 +141,27 @@ class Endpoint:
         return found
 
 
+def api(url: str) -> str:
+    """Where the API of a server begins, its /v1 given or not."""
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{url}: an endpoint is a URL that begins with http:// or https://")
+    base = url.rstrip("/")
+    return base if base.endswith("/v1") else f"{base}/v1"
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the server says about it."""
-    text = error.read().decode(errors="replace")
+    hint = "; set OPENAI_API_KEY to a key of this server" if error.code in (401, 403) else ""
+    return f"{reason(error.read()) or error.reason}{hint}"
+
+
+def reason(data: bytes) -> str:
+    """What a server says about an error."""
+    text = data.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
         said = json.loads(text)
         said = said.get("error", said)
-        text = said.get("message", text) if isinstance(said, dict) else str(said)
-    hint = "; set OPENAI_API_KEY to a key of this server" if error.code in (401, 403) else ""
-    return f"{' '.join(text.split())[:300] or error.reason}{hint}"
+        text = str(said.get("message", text)) if isinstance(said, dict) else str(said)
+    return " ".join(text.split())[:300]
 
 
 def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:

@@ -194,6 +194,7 @@ class Axis:
     low: float
     high: float
     log: bool = False
+    marks: Sequence[tuple[float, str]] = ()  # ticks with words of their own, in place of round numbers
 
     def place(self, value: float) -> float:
         """From 0 to 1."""
@@ -203,12 +204,17 @@ class Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            low, high = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**n for n in range(low, high + 1)]
+            low, high = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+            every = [step * 10.0**n for n in range(low, high + 1) for step in (1, 2, 5)]
+            decades = [value for value in every[::3] if self.low <= value <= self.high]
+            return decades if len(decades) > 1 else [value for value in every if self.low <= value <= self.high]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 2))
         step *= next(more for more in (1, 2, 5, 10) if (self.high - self.low) / (step * more) <= 7)
         count = math.floor((self.high - self.low) / step + 1e-9)
         return [self.low + step * n for n in range(count + 1)]
+
+    def labels(self) -> list[tuple[float, str]]:
+        return list(self.marks) or [(value, _short(value)) for value in self.ticks()]
 
 
 @dataclass(frozen=True)
@@ -226,14 +232,14 @@ def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: 
         return left + x.place(one[0]) * wide, bottom - y.place(one[1]) * (bottom - top)
 
     drawn = [f'<path class="axis" d="M{left} {top}V{bottom}H{left + wide}"/>']
-    for value in x.ticks():
+    for value, words in x.labels():
         px, _ = at((value, y.low))
         drawn += [f'<path class="axis" d="M{px:.1f} {bottom}v4"/>',
-                  _text(px, bottom + 17, _short(value), "middle", "soft")]  # fmt: skip
-    for value in y.ticks():
+                  _text(px, bottom + 17, words, "middle", "soft")]  # fmt: skip
+    for value, words in y.labels():
         _, py = at((x.low, value))
         drawn += [f'<path class="axis" d="M{left} {py:.1f}H{left + wide}"/>',
-                  _text(left - 7, py + 4, _short(value), "end", "soft")]  # fmt: skip
+                  _text(left - 7, py + 4, words, "end", "soft")]  # fmt: skip
     drawn.append(_text(left + wide, bottom + 35, x.label, "end", "soft"))
     drawn.append(_text(left + 6, top - 2, y.label, "start", "soft"))
     for curve in curves:
@@ -252,6 +258,18 @@ def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: 
             side = "end" if px > left + 0.6 * wide else "start"
             drawn.append(_text(px + (-1 if side == "end" else 1) * (dot.radius + 4), py + 4, dot.label, side))
     return _svg(height, label, drawn)
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> str:
+    """Names with their colours, in lines as long as a picture is wide."""
+    drawn, x, y = [], 64.0, 0.0
+    for name, colour in entries:
+        wide = 30 + LETTER * len(name)
+        if x + wide > WIDTH and x > 64:
+            x, y = 64.0, y + 18
+        drawn += [_rect(x, y + 2, 11, 11, colour, True, name), _text(x + 16, y + 12, name)]
+        x += wide
+    return _svg(y + 18, "which colour is which", drawn)
 
 
 def _short(value: float) -> str:

@@ -28,7 +28,8 @@ ORDER = """
     validate subject calibration workload plan plan_text sweep plan_page plan_cli eval_page arguments lite_cli
     eval_cli display data_text data_page data_cli rehearsal mirrored train_cli launching manifests launch_script
     scripts launch_cli hub_cache serving_memory serving serve_cli tiny_tokenizer tiny_towers tiny_archs
-    tiny_config tiny_weights tiny handoff_cli cli
+    tiny_config tiny_weights tiny handoff_cli arrivals points latencies wire bench_prompts exchange load scrape
+    saturation serving_floor doubts vllm_result bench_file bench bench_text bench_page bench_cli cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -42,7 +43,9 @@ WITHOUT_JAX = """
     verilog_eval stats samples answering verilog_prompts own_prompts scorecard contamination scoring eval_page
     arguments eval_cli subject calibration workload plan_cli display data_text data_page data_cli mirrored
     train_cli launching manifests launch_script scripts launch_cli hub_cache serving_memory serving serve_cli
-    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli cli
+    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals points latencies
+    wire bench_prompts exchange load scrape saturation serving_floor doubts vllm_result bench_file bench
+    bench_text bench_page bench_cli cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
