@@ -23,6 +23,7 @@ from gemma_tpu import (
     data_cli,
     devices,
     eval_cli,
+    find_cli,
     handoff_cli,
     plan_cli,
     sample_cli,
@@ -210,6 +211,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="gemma-tpu", description=about, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"gemma-tpu {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    find_cli.add_commands(commands, _command)
     _add_configured(commands)
     _add_tiny(commands)
     _add_stage(commands)

@@ -26,7 +26,7 @@ ORDER = """
     verilog verilog_eval stats samples answering verilog_prompts own_prompts scorecard contamination scoring evaluate
     validate subject calibration workload plan plan_text sweep plan_page plan_cli eval_page arguments eval_cli
     display data_text data_page data_cli rehearsal train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
-    tiny_weights tiny handoff_cli cli
+    tiny_weights tiny handoff_cli catalogue json_schema new_config doctor completion find_cli cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
@@ -37,9 +37,9 @@ WITHOUT_JAX = """
     hlo trips flops traffic links work timeline walk buffers job budget roofline advice flags compiling runs
     metrics columns comparison comparison_page asking endpoint chat sample_cli faults trackers page report blas
     stage layout destination patch difference tunix card sandbox verilog_code verilog verilog_eval stats samples
-    answering verilog_prompts own_prompts scorecard contamination scoring eval_page arguments eval_cli subject calibration workload
-    plan_cli display data_text data_page data_cli train_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
-    tiny_weights tiny handoff_cli cli
+    answering verilog_prompts own_prompts scorecard contamination scoring eval_page arguments eval_cli subject
+    calibration workload plan_cli display data_text data_page data_cli train_cli tiny_tokenizer tiny_towers tiny_archs
+    tiny_config tiny_weights tiny handoff_cli catalogue json_schema doctor completion find_cli cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
