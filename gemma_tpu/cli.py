@@ -37,6 +37,9 @@ from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
 EXAMPLES = """\
 examples:
+  gemma-tpu doctor                                      what this machine has of what a run needs
+  gemma-tpu ls                                          the configs that ship: slice, memory, tokens/s, price
+  gemma-tpu init                                        a config for your data, model and slice
   gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
   gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tpu.assets import PACKAGE
 from gemma_tpu.errors import UserError
 
 GIB = 2**30
@@ -46,17 +48,11 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """Those that pyproject.toml names, held against its bounds."""
-    try:
-        wanted = importlib.metadata.requires("gemma_tpu") or []
-    except importlib.metadata.PackageNotFoundError:
-        yield Check("gemma_tpu", "wrong", "runs from its folder and is not installed: versions cannot be checked",
-                    "pip install -e .")  # fmt: skip
-        return
+    """Those that this package needs, held against its bounds."""
     from packaging.requirements import Requirement
 
     wrong, count = [], 0
-    for line in wanted:
+    for line in _needed():
         one = Requirement(line)
         if one.marker is not None:  # an extra
             continue
@@ -73,10 +69,18 @@ def _packages() -> Iterator[Check]:
         ("torch", "`verify` asks transformers and PEFT where it is there", "pip install torch peft"),
         ("pyarrow", "Parquet data", "pip install 'gemma_tpu[parquet]'"),
         ("gcsfs", "gs:// paths", "pip install 'gemma_tpu[gcs]'"),
-        ("s3fs", "s3:// paths", "pip install 's3fs'"),
+        ("s3fs", "s3:// paths", "pip install 'gemma_tpu[s3]'"),
     ):
         have = _version(name)
         yield Check(name, "ok", have) if have else Check(name, "missing", f"not installed; for {what}", fix)
+
+
+def _needed() -> list[str]:
+    """As it was installed, or as the pyproject.toml of the checkout that it runs from has it."""
+    try:
+        return importlib.metadata.requires("gemma_tpu") or []
+    except importlib.metadata.PackageNotFoundError:
+        return tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
 def _version(name: str) -> str | None:

@@ -74,10 +74,11 @@ def init(args: argparse.Namespace) -> tuple[Result, int]:
 def _ask(name: str) -> str:
     from gemma_tpu import chips, sizes
 
+    small = [one.name for one in chips.slices() if one.chip.kind == "tpu" and one.chips <= 8]
     question = {
         "data": "your rows (a file, a folder, gs://..., hf://datasets/org/name)",
         "model": f"the model ({', '.join(sizes.known())}, or a folder)",
-        "slice": f"the slice ({', '.join(one.name for one in chips.slices() if one.chips <= 8)}, ...)",
+        "slice": f"the slice ({', '.join(small)}, ...)",
     }[name]
     print(f"{question}: ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline().strip()

@@ -56,8 +56,9 @@ def make(answers: Answers) -> tuple[Config, Subject, Slice, list[str]]:
     )  # fmt: skip
     best = advice.best_on(model.architecture, Job.of(draft, {}, "full"), place)
     if best is None:
-        raise UserError(f"{model.name} with sheets of {length:,} tokens does not fit on {place.name}; it does on "
-                        f"{_that_hold(draft, model) or 'no slice that is known'}")  # fmt: skip
+        others = advice.fixes(model.architecture, Job.of(draft, {}, "full"), place)
+        larger = ", ".join(one.place.name for one in others) or "no slice that is known"
+        raise UserError(f"{model.name} of {length:,} tokens a row does not fit on {place.name}; it does on {larger}")
     chosen = advice.apply(draft, best.job)
     if best.auto:
         chosen = replace(chosen, train=replace(chosen.train, remat="auto"))
@@ -80,17 +81,6 @@ def _length(path: str) -> tuple[int, list[str]]:
     return chosen, [told]
 
 
-def _that_hold(draft: Config, model: Subject) -> str:
-    """The smallest slice of each TPU generation that does."""
-    found = {}
-    for one in chips.slices():
-        if one.chip.kind == "tpu" and one.chip.name not in found and one.devices <= 64:
-            job = Job.of(replace(draft, train=replace(draft.train, batch_size=max(ROWS, one.devices))), {}, "full")
-            if advice.best_on(model.architecture, job, one):
-                found[one.chip.name] = one.name
-    return ", ".join(found.values())
-
-
 def render(chosen: Config, place: Slice, source: str) -> str:
     """The file: its commands, what is expected, and every key that is not a default."""
     tree, plain = config.to_dict(chosen), config.to_dict(Config())
@@ -100,6 +90,8 @@ def render(chosen: Config, place: Slice, source: str) -> str:
     if tree["mesh"]["replicate_kv"]:
         kept["mesh"]["replicate_kv"] = True
     # What every config says, default or not: people look for it.
+    kept["model"] = {key: tree["model"][key] for key in ("path", "dtype")}
+    kept["lora"] = {key: tree["lora"][key] for key in ("rank", "alpha")}
     kept["data"] |= {key: tree["data"][key] for key in ("path", "format", "validation", "max_seq_len", "packing")}
     kept["train"] = {key: value for key, value in tree["train"].items() if value != plain["train"][key]}
     kept["train"] = {key: value for key, value in kept["train"].items() if value is not None}

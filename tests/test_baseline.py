@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gemma_tpu import cli, comparison, config, metrics
+from gemma_tpu import cli, comparison, config
 from gemma_tpu.errors import UserError
 from gemma_tpu.packing import fill
 
@@ -108,7 +108,8 @@ def test_what_is_handed_over_is_the_first_state_of_our_own_run(recipe, tmp_path,
     assert theirs == pytest.approx(sum(ours)), "every A, and no other"
     assert all(not b.any() for name, b in held.items() if "lora_B" in name)
     rate, _ = optim.schedule(chosen.optim, 20)
-    assert record["rates"] == pytest.approx([float(rate(step)) for step in range(20)]) and record["rates"][0] > 0
+    assert record["rates"] == pytest.approx([float(rate(step)) for step in range(20)], rel=1e-5)
+    assert record["rates"][0] > 0, "the first update moves"
     loader = recipe[1].loader_of(chosen)
     assert record["plan"] == loader.plan and record["steps"] == 20
     (out / "metrics.jsonl").write_text("{}\n")
@@ -123,7 +124,7 @@ def test_what_has_no_counterpart_is_refused_by_name_all_at_once(recipe, tmp_path
     assert all(key in str(error.value) for key in ("lora.dora = True", "optim.name = lion", "loraplus_ratio = 16.0"))
 
 
-@pytest.mark.parametrize("name, devices", [("h100x2", 2), ("h100x8", 8), ("cpu_x2", 2)])
+@pytest.mark.parametrize("name, devices", [("h100x2", 2), ("h100x8", 8)])
 def test_launch_configs_have_keys_that_accelerate_knows(name, devices):
     pytest.importorskip("accelerate")
     from accelerate.commands.config.config_args import load_config_from_file
@@ -138,23 +139,26 @@ def test_launch_configs_have_keys_that_accelerate_knows(name, devices):
 # --- with TRL ---
 
 
-def theirs(run_dir: Path, *launch: str) -> subprocess.CompletedProcess:
+def theirs(run_dir: Path, *launch: str, script: Path = HERE / "train.py") -> subprocess.CompletedProcess:
     if not BESIDE.is_dir() and importlib.util.find_spec("trl") is None:
         pytest.skip("TRL is not here: make test-baseline")
     paths = os.pathsep.join([str(HERE.parent.parent), str(BESIDE)])
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(
-        [sys.executable, *launch, str(HERE / "train.py"), str(run_dir)], text=True, capture_output=True,
+        [sys.executable, *launch, str(script), str(run_dir)], text=True, capture_output=True,
         env=kept | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
 
 
-def side_by_side(recipe, tmp_path, base, *launch, **more):
+TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def side_by_side(recipe, tmp_path, base, *launch, script=HERE / "train.py", **more):
     """(our run, theirs) of one config."""
     file, out = write(tmp_path, base, **more), tmp_path / "theirs"
     assert cli.main(["train", str(file)]) == 0
     recipe[0].main(str(file), [f"run_dir={out}"])
-    done = theirs(out, *launch)
+    done = theirs(out, *launch, script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     assert theirs(out).returncode == 2, "a second run into the same folder is refused"
     return comparison.read([tmp_path / "ours", out])
@@ -181,10 +185,25 @@ def test_twenty_losses_and_gradient_norms_agree_with_ours(recipe, tmp_path, base
 
 
 @pytest.mark.slow
-def test_under_fsdp2_two_processes_find_the_same_losses(recipe, tmp_path, base32, compile_cache):
-    launch = ("-m", "accelerate.commands.launch", "--config_file", str(HERE / "cpu_x2.yaml"))
-    runs = side_by_side(recipe, tmp_path, base32, *launch)
+@pytest.mark.parametrize("how", ["data parallel", "FSDP2", "FSDP2 in bfloat16"])
+def test_two_processes_find_the_same_losses(recipe, tmp_path, base32, compile_cache, how):
+    """By gloo. Of accelerate's FSDP2 a CPU is refused: the script below lets it pass, and all else is as on GPUs."""
+    script = Path(__file__).parent / "fsdp2_on_cpu.py" if "FSDP2" in how else HERE / "train.py"
+    dtype, bounds = ("bfloat16", (0.03, 0.1)) if "bfloat16" in how else ("float32", (1e-3, 0.01))
+    runs = side_by_side(recipe, tmp_path, base32, *TWO, script=script, model={"dtype": dtype})
     found = comparison.apart(*runs)
-    assert runs[1].summary["devices"] == 2
-    assert found["max_loss_difference"] < 1e-3 and found["max_grad_norm_difference"] < 0.01
-    assert metrics.read(tmp_path / "theirs" / "metrics.jsonl")[-1]["step"] == 20
+    print(how, json.dumps(found))
+    assert runs[1].summary["devices"] == 2 and found["updates"] == 20
+    assert found["max_loss_difference"] < bounds[0] and found["max_grad_norm_difference"] < bounds[1]
+    assert (tmp_path / "theirs" / "sharded").exists() == ("FSDP2" in how)
+    held = comparison_of_adapters(tmp_path / "theirs")
+    assert held > 0, "what was trained is in adapter/, gathered from both"
+
+
+def comparison_of_adapters(run_dir: Path) -> float:
+    """How far B has moved; it starts as zero."""
+    from safetensors.numpy import load_file
+
+    first, last = (load_file(run_dir / name / "adapter_model.safetensors") for name in ("start", "adapter"))
+    assert {name: x.shape for name, x in first.items()} == {name: x.shape for name, x in last.items()}
+    return min(float(np.abs(x).max()) for name, x in last.items() if "lora_B" in name)

@@ -11,23 +11,29 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-import trl
 from batches import Sheets, loader_of, split
-from datasets import Dataset
 from hand_over import RECORD, START
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gemma_tpu import __version__, chips, metrics, report, runs
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
 from gemma_tpu.metrics import say
 from gemma_tpu.schema import Config
+
+try:
+    import peft
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+except ImportError as error:
+    print(f"error: {error.name} is not installed: pip install 'gemma_tpu[baseline]'", file=sys.stderr)
+    sys.exit(2)
 
 GIB = 2**30
 UNCLIPPED = 1e30  # for optim.clip: null; without any bound the trainer would not report the norm
@@ -130,6 +136,13 @@ def collator(sheets: Sheets) -> Any:
     return collate
 
 
+def sum_in_float32(trainer: Baseline) -> None:
+    """Over the devices, as ours are; accelerate would sum gradients in the dtype that it computes in."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
 def save_adapter(model: torch.nn.Module, folder: Path, first: bool) -> None:
     """Only what trains is gathered: a whole state dict of 31B would be made in the host's memory for nothing."""
     whole = {}
@@ -166,6 +179,7 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(config.model.path),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
+    sum_in_float32(trainer)
     first = trainer.is_world_process_zero()
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if first:
