@@ -86,7 +86,7 @@ def about(path: Path) -> str:
 
 
 def _sentence(text: str) -> str:
-    return re.split(r"(?<=\w)[.:;] ", " ".join(text.split()))[0].rstrip(".")
+    return re.split(r"(?<=\w)\. ", " ".join(text.split()))[0].rstrip(".")
 
 
 def figures() -> dict[str, Planned | None]:

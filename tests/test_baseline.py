@@ -41,7 +41,7 @@ def write(folder: Path, base: Path, **more) -> Path:
     tree = {
         "model": {"path": str(base), "dtype": "float32"},
         "data": {"limit": 60, "max_seq_len": 256, "validation": None, "packing": "pack", "cache": None},
-        "lora": {"rank": 4, "alpha": 8}, "mesh": {"fsdp": 1},
+        "lora": {"rank": 4, "alpha": 8}, "mesh": {"fsdp": 2, "tp": 2},
         "train": {"steps": 20, "batch_size": 4, "accumulation": 1},
         "optim": {"lr": 1e-2, "warmup_steps": 5, "weight_decay": 0.1},
         "log": {"progress": False, "tensorboard": False}, "checkpoint": {"every": 1000},
