@@ -10,7 +10,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers docs clean
+.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers docs clean test-baseline
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ test-slow: .venv/.dev ## the tests that take minutes
 
 test-clients: .venv/.dev .client-envs/transformers-5.5 .client-envs/lm_eval ## other programs on what is made here
 	$(BIN)/pytest -m slow tests/test_clients.py tests/test_lite_slow.py $(ARGS)
+
+test-baseline: .venv/.dev .client-envs/trl ## the GPU baseline's losses against ours, by TRL, on this CPU
+	$(BIN)/pytest -m slow tests/test_baseline.py $(ARGS)
+
+.client-envs/trl: # what TRL needs beside the packages of .venv
+	$(BIN)/pip install --quiet --no-deps --target $@ 'trl==1.16.*' 'datasets==5.*' dill multiprocess xxhash 'pandas>=3'
 
 .client-envs/transformers-5.5: # beside the packages of .venv, and before them
 	$(BIN)/pip install --quiet --target $@ 'transformers==5.5.*'

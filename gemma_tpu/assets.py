@@ -19,6 +19,11 @@ def resolve(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def folder(name: str) -> Path:
+    """Where the shipped recipes or configs lie."""
+    return PACKAGE / name if (PACKAGE / name).is_dir() else PACKAGE.parent / name
+
+
 def find(folder: str, name: str) -> Path:
     """A file that the user names: the path if it exists, else the shipped one in `folder` (recipes, configs).
 

@@ -24,6 +24,7 @@ from gemma_tpu import (
     data_cli,
     devices,
     eval_cli,
+    find_cli,
     handoff_cli,
     launch_cli,
     lite_cli,
@@ -40,6 +41,9 @@ from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
 
 EXAMPLES = """\
 examples:
+  gemma-tpu doctor                                      what this machine has of what a run needs
+  gemma-tpu ls                                          the configs that ship: slice, memory, tokens/s, price
+  gemma-tpu init                                        a config for your data, model and slice
   gemma-tpu tiny models/tiny-random                     a small random Gemma 4, in the published layout
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
   gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them
@@ -216,6 +220,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="gemma-tpu", description=about, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"gemma-tpu {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    find_cli.add_commands(commands, _command)
     _add_configured(commands)
     _add_tiny(commands)
     _add_stage(commands)

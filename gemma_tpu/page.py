@@ -78,6 +78,14 @@ def preformatted(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
+def legend(names: Sequence[tuple[str, int]]) -> str:
+    """Whose colour is whose, above pictures that share them: (name, colour)."""
+    swatch = '<svg class="swatch" viewBox="0 0 12 12"><rect class="c{} measured" width="12" height="12"/></svg>'
+    return '<p class="legend">' + "".join(
+        f"<span>{swatch.format(colour % COLOURS)} {escape(name)}</span>" for name, colour in names
+    ) + "</p>"
+
+
 # --- pictures ---
 
 
@@ -222,6 +230,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
     colour: int | None = None  # None: a line of reference
     label: str = ""
+    dashed: bool = False  # what lies under it shows
 
 
 def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: str, height: int = 330) -> str:
@@ -244,7 +253,7 @@ def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: 
     drawn.append(_text(left + 6, top - 2, y.label, "start", "soft"))
     for curve in curves:
         path = "L".join(f"{px:.1f} {py:.1f}" for px, py in map(at, curve.points))
-        kind = "ridge" if curve.colour is None else f"c{curve.colour} curve"
+        kind = "ridge" if curve.colour is None else f"c{curve.colour} curve" + " dashed" * curve.dashed
         drawn.append(f'<path class="{kind}" d="M{path}"/>')
         if curve.label:
             px, py = at(curve.points[-1])

@@ -1,10 +1,11 @@
 """A plan in words: aligned tables on a terminal, and the sentences that the page repeats."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from gemma_tpu import calibration
 from gemma_tpu.advice import HEADROOM, Option
 from gemma_tpu.buffers import Buffer
+from gemma_tpu.columns import table
 from gemma_tpu.plan import ANALYTIC, Plan
 
 # What the parts of a step's time are called, and what they say of the slice.
@@ -35,18 +36,6 @@ def render(plan: Plan) -> str:
         "\n".join(_assumptions(plan)),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
-
-
-def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), indent: int = 2) -> list[str]:
-    """Columns as wide as they must be; those in `right` end flush."""
-    rows = [tuple(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.rjust(width) if at in right else cell.ljust(width)
-                  for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )  # fmt: skip
-    return [" " * indent + line.rstrip() for line in lines]
 
 
 def duration(seconds: float) -> str:

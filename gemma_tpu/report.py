@@ -69,7 +69,7 @@ def _facts(rows: Sequence[Row], summary: Row, held_out: Sequence[Row]) -> str:
 
 
 def _loss(rows: Sequence[Row], held_out: Sequence[Row]) -> str:
-    points = _thinned([(row["step"], row["loss"]) for row in rows if row["loss"] is not None])
+    points = thinned([(row["step"], row["loss"]) for row in rows if row["loss"] is not None])
     if len(points) < 2:
         return ""
     dots = [Dot(row["step"], row["loss"], "", f"held out at {row['step']}: {row['loss']:.4f}", 1, 5.0, True)
@@ -93,7 +93,7 @@ def _curves(rows: Sequence[Row], wanted: Sequence[tuple[str, str]]) -> str:
     """One picture for each figure that these devices have."""
     drawn = ""
     for colour, (key, label) in enumerate(wanted):
-        points = _thinned([(row["step"], row[key]) for row in rows if row.get(key) is not None])
+        points = thinned([(row["step"], row[key]) for row in rows if row.get(key) is not None])
         if len(points) > 1:
             high = max(y for _, y in points) * 1.1 or 1.0
             axes = Axis("update", 0.0, float(points[-1][0])), Axis(label, 0.0, high)
@@ -146,7 +146,7 @@ def _config(tree: Mapping[str, Any], summary: Row) -> str:
     return page.table(("key", "value"), [(name, "null" if value is None else value) for name, value in flat])
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most POINTS of them, each the mean of its neighbours."""
     width = -(-len(points) // POINTS)
     groups = [points[at : at + width] for at in range(0, len(points), width or 1)]

@@ -210,6 +210,7 @@ class Trainer:
             "trainable_params": sum(int(np.prod(x.shape)) for x in self.state["trained"].values()),
             "usd": rows[-1].get("usd") if rows else None,
             "notes": self.notes,
+            "plan": self.loader.plan,
             "version": self.version,
             **figures,
         }

@@ -10,7 +10,8 @@ from gemma_tpu import devices, distributed, metrics, mirrored, runs
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import Config
 
-REPORT = "make a run's report.html again, also while it trains", "gemma-tpu report runs/tiny_cpu"
+REPORT = ("make a run's report.html again, also while it trains; or compare runs",
+          "gemma-tpu report runs/mine --compare runs/mine_gpu --html both.html")  # fmt: skip
 
 
 def run(
@@ -48,12 +49,31 @@ def _check_mirror(config: Config, rehearse: bool, mirror: str) -> None:
 
 
 def report(args: argparse.Namespace) -> tuple[Any, int]:
+    if args.compare:
+        return _compare(args)
+    if args.html:
+        raise UserError("--html belongs to --compare: a run's own page is report.html in its folder")
     runs.read_config(args.run_dir)
     from gemma_tpu.report import write
 
     page = write(runs.RunFolder(args.run_dir))
     print(f"wrote {page}", file=sys.stderr, flush=True)
     return {"report": str(page)}, 0
+
+
+def _compare(args: argparse.Namespace) -> tuple[Any, int]:
+    from gemma_tpu import comparison, comparison_page
+
+    found = comparison.read([args.run_dir, *args.compare])
+    print(comparison.render(found))
+    if args.html:
+        try:
+            args.html.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_text(args.html, comparison_page.page_of(found))
+        except OSError as error:
+            raise UserError(f"--html {args.html}: cannot be written: {error.strerror}") from None
+        print(f"wrote {args.html}", file=sys.stderr, flush=True)
+    return comparison.to_json(found), 0
 
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
@@ -65,3 +85,6 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
 
 def add_report_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained")
+    one.add_argument("--compare", metavar="RUN_DIR", type=Path, nargs="+", default=[],
+                     help="in place of that: these runs beside it, also those of recipes/gpu_baseline")  # fmt: skip
+    one.add_argument("--html", metavar="FILE", type=Path, help="with --compare: write a page with pictures")
