@@ -269,18 +269,6 @@ def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: 
     return _svg(height, label, drawn)
 
 
-def legend(entries: Sequence[tuple[str, int]]) -> str:
-    """Names with their colours, in lines as long as a picture is wide."""
-    drawn, x, y = [], 64.0, 0.0
-    for name, colour in entries:
-        wide = 30 + LETTER * len(name)
-        if x + wide > WIDTH and x > 64:
-            x, y = 64.0, y + 18
-        drawn += [_rect(x, y + 2, 11, 11, colour, True, name), _text(x + 16, y + 12, name)]
-        x += wide
-    return _svg(y + 18, "which colour is which", drawn)
-
-
 def _short(value: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

@@ -33,7 +33,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def keys() -> set[str]:
-    sections = {field.name: field.default_factory() for field in fields(schema.Config) if callable(field.default_factory)}
+    made = [field for field in fields(schema.Config) if callable(field.default_factory)]
+    sections = {field.name: field.default_factory() for field in made}
     return {f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)}
 
 
