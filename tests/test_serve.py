@@ -202,6 +202,12 @@ def test_an_own_file_pins_the_image(tmp_path, monkeypatch, model):
     one = serving.settle(str(model), "v6e-4", Wish(tp=4))
     assert one.image == "vllm/vllm-tpu@sha256:abc" and one.source == str(own)
     assert f"{model.resolve()}:/model:ro" in serving.docker_command(one)
+    own.write_text("machines: {tpu: {flags: []}, gpu: {flags: [--enforce-eager]}}")
+    assert "--disable_chunked_mm_input" not in serving.docker_command(serving.settle(str(model), "v6e-4", Wish(tp=4)))
+    assert serving.docker_command(serving.settle(str(model), "h100x1", Wish()))[-1] == "--enforce-eager"
+    own.write_text("machines: {tpu: {flags: [3]}, gpu: {flags: x}}")
+    with pytest.raises(UserError, match="tpu.flags: .3. must be a list like .*\n.*gpu.flags: 'x' must be a list of "):
+        serving.settle(str(model), "v6e-4", Wish(tp=4))
     own.write_text("machines: {tpu: {flag: [x]}}")
     with pytest.raises(UserError, match="machines.tpu.flag: unknown key; did you mean flags"):
         serving.settle(str(model), "v6e-4", Wish(tp=4))
