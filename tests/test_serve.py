@@ -156,6 +156,8 @@ def test_copies_of_the_model_have_their_own_sequences():
     (BIG, "v6e-4", Wish(context=262_144), "--max-len 32768 fits"),
     ("gs://mine/model", "v6e-8", Wish(), "bring it here first: gcloud storage cp --recursive gs://mine/model models/"),
     ("models/nowhere", "v6e-8", Wish(), "models/nowhere: no such folder; MODEL_DIR is a merged folder"),
+    (BIG, "v6e-8", Wish(hub_cache=Path("x")), "--hub-cache: nothing to link"),
+    (BIG, "v6e-8", Wish(image="x", container=False), "--image and --bare do not go together"),
     (BIG, "v6e-8", Wish(from_hub="nothing"), "'nothing' is no name of a repository"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_said_at_once(path, on, wish, words):
@@ -297,7 +299,7 @@ case $1 in
 esac
 """)
     (tools / "vllm").write_text(f"""#!/bin/bash
-echo "vllm $*" >> {state}/docker.log
+echo "vllm $*, programs in $VLLM_XLA_CACHE_PATH" >> {state}/docker.log
 touch {state}/up
 exec sleep 60
 """)
@@ -386,6 +388,7 @@ def test_a_bare_server_is_waited_for_and_ended_too(start, tmp_path):
 
     code, err, calls = start(wish=Wish(tp=4, container=False, cache=tmp_path / "cache"), wait=end)
     assert "ready: http://127.0.0.1:8000/v1" in err and any(line.startswith("vllm serve") for line in calls)
+    assert f"{tmp_path}/cache/xla" in " ".join(calls), "its compiled programs are kept too"
 
 
 @pytest.mark.parametrize("on, wish", [("v6e-4", Wish(tp=4)), ("h100x2", Wish(served_name="it's 'quoted' $(x)")),
