@@ -45,6 +45,8 @@ def machine_of(place: Slice) -> Machine:
             f"{place.name}: no cloud is known that rents it by these commands; launch knows {', '.join(tpus)}. For a "
             f"machine of your own, run `gemma-tpu train` on it"
         )
+    if not one["zones"]:
+        raise UserError(f"tpus.{place.chip.name}.zones: is empty; name a zone, there or with --zone")
     alone = one["single_host"].get(place.chips)
     return Machine(
         slice=place, runtime=one["runtime"], zones=tuple(one["zones"]),

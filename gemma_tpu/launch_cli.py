@@ -27,18 +27,16 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
                      help="tried in turn; may be repeated; by default those of the slice's kind")  # fmt: skip
     one.add_argument("--any-region", action="store_true", help="also zones that are not in the bucket's region")
     one.add_argument("--spot", action="store_true", help="with queued-resource, skypilot or gke: on spot machines")
-    one.add_argument("--restarts", metavar="N", type=positive, default=100,
-                     help="how often a spot machine is asked for again (%(default)s)")  # fmt: skip
-    one.add_argument("--wait-hours", metavar="N", type=positive, default=24,
-                     help="of a queued resource, in each zone (%(default)s)")  # fmt: skip
+    one.add_argument("--restarts", metavar="N", type=positive, help="how often a spot machine is asked for again (100)")
+    one.add_argument("--wait-hours", metavar="N", type=positive, help="of a queued resource, in each zone (24)")
     one.add_argument("--service-account", metavar="EMAIL", help="of the machine; by default the project's")
     one.add_argument("--package", metavar="SPEC", help="what pip installs there; by default this checkout")
     gke = one.add_argument_group("with gke")
     gke.add_argument("--cluster", metavar="NAME", help="a cluster that runs JobSet and Kueue")
     gke.add_argument("--cluster-location", metavar="REGION", help="by default the first zone's region")
     gke.add_argument("--image", metavar="IMAGE", help="built if it is not there: REGION-docker.pkg.dev/…")
-    gke.add_argument("--queue", metavar="NAME", default="gemma-tpu", help="Kueue's local queue (%(default)s)")
-    gke.add_argument("--namespace", default="default", help="(%(default)s)")
+    gke.add_argument("--queue", metavar="NAME", help="Kueue's local queue (gemma-tpu)")
+    gke.add_argument("--namespace", metavar="NAME", help="(default)")
     what = one.add_mutually_exclusive_group()
     what.add_argument("--logs", action="store_true", help="in place of it all: follow a run that goes on")
     what.add_argument("--delete", action="store_true", help="in place of it all: delete the machine, after asking")
@@ -76,7 +74,6 @@ def _request(args: argparse.Namespace) -> launching.Request:
         any_region=args.any_region, yes=args.yes, cluster=args.cluster, location=args.cluster_location,
         image=args.image, queue=args.queue, namespace=args.namespace,
     )  # fmt: skip
-
 
 
 def _say(text: str) -> None:

@@ -41,17 +41,17 @@ def _values(job: Job) -> str:
         "NAME": request.name, "PROJECT": request.project or "", "BUCKET": request.bucket, "MIRROR": job.mirror,
         "CHECKPOINTS": job.config.checkpoint.folder or "", "RUN_DIR": job.config.run_dir,
         "ACCELERATOR": machine.accelerator, "RUNTIME": machine.runtime or "", "HOSTS": str(machine.hosts),
-        "SPOT": "1" if job.spot else "", "RESTARTS": str(request.restarts),
-        "QUEUED": "1" if request.engine == "queued-resource" else "", "WAIT_HOURS": str(request.wait_hours),
+        "SPOT": "1" if job.spot else "", "RESTARTS": str(job.restarts),
+        "QUEUED": "1" if request.engine == "queued-resource" else "", "WAIT_HOURS": str(request.wait_hours or 24),
         "SERVICE_ACCOUNT": request.service_account or "", "SOURCE": str(job.source or ""),
-        "PACKAGE": request.package or "", "ANY_REGION": "1" if request.any_region else "",
+        "PACKAGE": request.package or "", "EXTRAS": job.extras, "ANY_REGION": "1" if request.any_region else "",
         "YES": "1" if request.yes else "",
     }  # fmt: skip
     if request.engine == "gke":
         values |= {
             "CLUSTER": request.cluster or "", "LOCATION": job.location, "IMAGE": request.image or "",
-            "MACHINE": machine.machine, "TOPOLOGY": machine.slice.topology, "QUEUE": request.queue,
-            "NAMESPACE": request.namespace,
+            "MACHINE": machine.machine, "TOPOLOGY": machine.slice.topology, "QUEUE": job.queue,
+            "NAMESPACE": job.namespace,
         }  # fmt: skip
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     quiet = "# shellcheck disable=SC2034,SC2016  # not every way needs every value, and none is expanded"

@@ -17,7 +17,12 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.schema import MESH_AXES, Config
 
 ENGINES = ("tpu-vm", "queued-resource", "spot", "skypilot", "gke")
-_EXTRAS = "tpu,gcs"
+_TPU_VMS = ("tpu-vm", "queued-resource", "spot")
+# Options that mean something with some engines alone.
+_OF = {"project": (*_TPU_VMS, "gke"), "service_account": _TPU_VMS, "wait_hours": ("queued-resource",),
+       "restarts": ("queued-resource", "spot", "gke"),
+       **dict.fromkeys(("cluster", "location", "image", "queue", "namespace"), ("gke",))}  # fmt: skip
+_NAMES = {"location": "cluster-location"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Request:
     project: str | None = None
     zones: tuple[str, ...] = ()  # in place of the table's
     spot: bool = False
-    restarts: int = 100
-    wait_hours: int = 24
+    restarts: int | None = None
+    wait_hours: int | None = None
     service_account: str | None = None
     package: str | None = None  # what pip installs; None: this checkout
     any_region: bool = False
@@ -40,8 +45,8 @@ class Request:
     cluster: str | None = None  # of GKE, and so the rest
     location: str | None = None
     image: str | None = None
-    queue: str = "gemma-tpu"
-    namespace: str = "default"
+    queue: str | None = None
+    namespace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Job:
 
     request: Request
     config: Config
+    extras: str  # of the package: what its data and its trackers need there
     source: Path | None  # of the package: a checkout, or None where pip finds it
     notes: tuple[str, ...]
 
@@ -70,6 +76,18 @@ class Job:
         return f"{self.request.bucket}/{self.request.name}/run"
 
     @property
+    def restarts(self) -> int:
+        return self.request.restarts or 100
+
+    @property
+    def queue(self) -> str:
+        return self.request.queue or "gemma-tpu"
+
+    @property
+    def namespace(self) -> str:
+        return self.request.namespace or "default"
+
+    @property
     def location(self) -> str:
         return self.request.location or clouds.region_of(self.zones[0])
 
@@ -88,7 +106,17 @@ def job_of(request: Request, config: Config) -> Job:
     )
     changed = tuple(f"the machine gets {line.replace(' -> ', ', now ')}"
                     for line in configs.differences(config, settled))  # fmt: skip
-    return Job(request, settled, source, (*changed, *_notes(request, config)))
+    return Job(request, settled, ",".join(_extras(settled)), source, (*changed, *_notes(request, config)))
+
+
+def _extras(config: Config) -> list[str]:
+    found = {"tpu": True, "gcs": True}
+    paths = [config.model.path, config.data.path, config.data.validation, config.checkpoint.folder]
+    for path in map(str, paths):  # a list of paths reads like any of them
+        found |= {"s3": True} if "s3://" in path else {}
+        found |= {"parquet": True} if ".parquet" in path else {}
+        found |= {"datasets": True} if "hf://datasets/" in path else {}
+    return [*found, *config.log.trackers]
 
 
 def _far(path: str | None) -> bool:
@@ -120,18 +148,19 @@ def _request_problems(request: Request, source: Path | None) -> Iterator[str]:
         yield f"--with {engine}: {place.chip.name} is rented through GKE alone: --with gke"
     if engine == "tpu-vm" and request.spot:
         yield "--with tpu-vm --spot: take --with spot, which creates the machine again when it is taken away"
+    for name, engines in _OF.items():
+        if getattr(request, name) is not None and engine not in engines:
+            option = _NAMES.get(name, name).replace("_", "-")
+            yield f"--{option}: nothing that --with {engine} has; it is of {', '.join(engines)}"
+    if engine == "queued-resource" and request.restarts is not None and not request.spot:
+        yield "--restarts: of spot machines; give --spot too"
     if engine == "gke":
         for name in ("cluster", "image"):
             if getattr(request, name) is None:
                 yield f"--{name} is missing: --with gke needs it"
-    else:
-        given = [f"--{name.replace('_', '-')}" for name in ("cluster", "image") if getattr(request, name) is not None]
-        given += ["--cluster-location"] * (request.location is not None)
-        if given:
-            yield f"{', '.join(given)}: of --with gke, not of --with {engine}"
     if request.package is None and source is None:
         yield ("--package is missing: this is no checkout that could be sent to the machine; say what pip is to "
-               f"install, e.g. --package 'gemma_tpu[{_EXTRAS}] @ git+https://HOST/REPOSITORY@TAG'")
+               "install, e.g. --package 'gemma_tpu[tpu,gcs] @ git+https://HOST/REPOSITORY@TAG'")
 
 
 def _config_problems(request: Request, config: Config) -> Iterator[str]:

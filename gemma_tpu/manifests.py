@@ -33,7 +33,7 @@ def skypilot(job: Job) -> str:
 
 def jobset(job: Job) -> str:
     """The config, and one Job with a pod for each machine of the slice; a failed pod restarts them all together."""
-    name, namespace = job.request.name, job.request.namespace
+    name, namespace = job.request.name, job.namespace
     given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-config", "namespace": namespace},
              "data": {"config.yaml": configs.to_yaml(job.config)}}  # fmt: skip
     wrong_input = {"onExitCodes": {"containerName": "train", "operator": "In", "values": [2]}, "action": "FailJob"}
@@ -50,12 +50,12 @@ def jobset(job: Job) -> str:
     }
     spec = {
         "failurePolicy": {
-            "maxRestarts": job.request.restarts,
+            "maxRestarts": job.restarts,
             "rules": [{"name": "wrong-input", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
         },
         "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": work}}],
     }
-    labels = {"kueue.x-k8s.io/queue-name": job.request.queue}
+    labels = {"kueue.x-k8s.io/queue-name": job.queue}
     annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     whole = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -104,7 +104,7 @@ def _pod(job: Job) -> dict[str, Any]:
 
 def queue(job: Job) -> str:
     """A queue for a cluster that has none yet: as many chips as this job takes."""
-    name, chips = job.request.queue, job.machine.slice.chips
+    name, chips = job.queue, job.machine.slice.chips
     resource = {"name": "google.com/tpu", "nominalQuota": chips}
     flavor = {"name": f"{job.machine.label}-{job.machine.slice.topology}", "resources": [resource]}
     labels = {
@@ -118,7 +118,7 @@ def queue(job: Job) -> str:
         {"apiVersion": version, "kind": "ClusterQueue", "metadata": {"name": name},
          "spec": {"namespaceSelector": {},
                   "resourceGroups": [{"coveredResources": ["google.com/tpu"], "flavors": [flavor]}]}},
-        {"apiVersion": version, "kind": "LocalQueue", "metadata": {"name": name, "namespace": job.request.namespace},
+        {"apiVersion": version, "kind": "LocalQueue", "metadata": {"name": name, "namespace": job.namespace},
          "spec": {"clusterQueue": name}},
     ]  # fmt: skip
     return "---\n".join(map(_yaml, objects))
@@ -129,7 +129,7 @@ def dockerfile(job: Job) -> str:
         return f"FROM python:3.12-slim\nRUN pip install --no-cache-dir '{job.request.package}'\n"
     return (
         "FROM python:3.12-slim\nADD source.tgz /source/\n"
-        "RUN pip install --no-cache-dir '/source[tpu,gcs]' && rm -rf /source\n"
+        f"RUN pip install --no-cache-dir '/source[{job.extras}]' && rm -rf /source\n"
     )
 
 

@@ -69,8 +69,9 @@ def _problems(table: Any, given: Any, path: str, open_at: tuple[str, ...]) -> It
                 told = f"did you mean {near[0]}?" if near else f"known: {', '.join(map(str, table))}"
                 yield f"{here}: unknown key; {told}"
     elif isinstance(table, list):
-        if not isinstance(given, list) or not given or not all(isinstance(one, type(table[0])) for one in given):
-            yield f"{path}: {given!r} must be a list like {table}"
+        kind = type(table[0]) if table else str
+        if not isinstance(given, list) or not all(isinstance(one, kind) for one in given):
+            yield f"{path}: {given!r} must be a list" + (f" like {table}" if table else " of texts")
     elif table is not None and given is not None and not isinstance(given, _kinds(table)):
         yield f"{path}: {given!r} must be like {table!r}"
 

@@ -193,6 +193,11 @@ def _problems(model: Model, place: Slice | None, wish: Wish, known: Mapping[str,
             hub_cache.check(wish.served_name)
         except UserError as error:
             yield f"--served-name: {error}"
+    takes_folders = place is None or place.chip.kind != "tpu" or not wish.container or wish.from_hub
+    if wish.hub_cache is not None and (takes_folders or model.repository):
+        yield "--hub-cache: nothing to link; it is for a folder in an image that takes none"
+    if wish.image is not None and not wish.container:
+        yield "--image and --bare do not go together: a bare server is in no container"
     if place is None or place.chip.kind != "tpu":
         return
     refused = known["refused"].get(model.size) if model.size else None
@@ -292,7 +297,8 @@ def container_name(one: Serving) -> str:
 def script(one: Serving) -> str:
     """A bash script that starts the server, waits until it is healthy, and follows its log."""
     # exec: what is ended later is the server itself.
-    words = docker_command(one) if one.wish.container else ["exec", "vllm", *vllm_command(one)]
+    words = docker_command(one) if one.wish.container else ["exec", "env", _cache_of_a_bare_one(one), "vllm",
+                                                            *vllm_command(one)]  # fmt: skip
     values = {
         "NAME": container_name(one), "MODEL": one.name, "URL": url(one), "CONTAINER": "1" if one.wish.container else "",
         "DETACH": "1" if one.wish.detach else "", "CACHE": str(one.wish.cache.expanduser().absolute()),
@@ -305,6 +311,11 @@ def script(one: Serving) -> str:
     lines += ["}", "", "# shellcheck disable=SC2016", "begin() {", f"  {_pretty(words)}", "}", ""]
     lines += ["# shellcheck disable=SC2016", "links() {", f"  {_links(one)}", "}", "", ""]
     return "\n".join(lines) + assets.resolve("bundled:launch/serve.sh").read_text(encoding="utf-8")
+
+
+def _cache_of_a_bare_one(one: Serving) -> str:
+    folder = one.wish.cache.expanduser().absolute()
+    return f"{one.machine['cache']}={folder}{one.machine['cache_at'].removeprefix('/cache')}"
 
 
 def _links(one: Serving) -> str:

@@ -388,7 +388,7 @@ def machine(tmp_path):
     here.mkdir()
     chosen = job("spot")
     (here / "machine.sh").write_text(printed(launch_script.script(chosen, "run_it"), "machine"))
-    (here / "settings.sh").write_text(f"PACKAGE=''\nMIRROR={chosen.mirror}\n")
+    (here / "settings.sh").write_text(f"PACKAGE=''\nEXTRAS=tpu,gcs\nMIRROR={chosen.mirror}\n")
     (here / "config.yaml").write_text("")
     source = tmp_path / "source"
     source.mkdir()
@@ -483,7 +483,12 @@ def test_what_a_run_leaves_goes_into_the_bucket():
     ({"engine": "spot", "on": "tpu7x-8"}, "tpu7x is rented through GKE alone"),
     ({"engine": "tpu-vm", "spot": True}, "take --with spot"),
     ({"engine": "gke", "cluster": None}, "--cluster is missing"),
-    ({"engine": "spot", "cluster": "x"}, "of --with gke, not of --with spot"),
+    ({"engine": "spot", "cluster": "x"}, "--cluster: nothing that --with spot has; it is of gke"),
+    ({"engine": "gke", "service_account": "a@b"}, "--service-account: nothing that --with gke has; it is of tpu-vm"),
+    ({"engine": "tpu-vm", "restarts": 3}, "--restarts: nothing that --with tpu-vm has"),
+    ({"engine": "queued-resource", "restarts": 3}, "--restarts: of spot machines; give --spot too"),
+    ({"engine": "skypilot", "project": "p"}, "--project: nothing that --with skypilot has"),
+    ({"engine": "spot", "wait_hours": 3}, "--wait-hours: nothing that --with spot has; it is of queued-resource"),
     ({"overrides": [*SETTLED, "run_dir=gs://mine/x"]}, "leave it as a plain folder"),
     ({"overrides": [*SETTLED, "recipe=own.py"]}, "the shipped recipes alone"),
 ])  # fmt: skip
@@ -496,6 +501,13 @@ def test_what_cannot_be_launched_is_said(more, words):
 
     with pytest.raises(UserError, match=re.escape(words)):
         launching.job_of(replace(request(), **changes), config.load("gemma4_31b_v5p8_fast.yaml", SETTLED))
+
+
+def test_the_machine_gets_the_extras_that_the_config_needs():
+    assert job().extras == "tpu,gcs"
+    more = job(overrides=["data.path=[gs://mine/a.parquet, hf://datasets/org/name]", "log.trackers=[wandb]"])
+    assert more.extras == "tpu,gcs,parquet,datasets,wandb"
+    assert "'/source[tpu,gcs,s3]'" in launch_script.script(job("gke", overrides=["data.path=s3://x/a.jsonl"]), "run_it")
 
 
 def test_a_slice_that_nobody_rents_and_one_that_is_unknown():

@@ -156,6 +156,8 @@ def test_copies_of_the_model_have_their_own_sequences():
     (BIG, "v6e-4", Wish(context=262_144), "--max-len 32768 fits"),
     ("gs://mine/model", "v6e-8", Wish(), "bring it here first: gcloud storage cp --recursive gs://mine/model models/"),
     ("models/nowhere", "v6e-8", Wish(), "models/nowhere: no such folder; MODEL_DIR is a merged folder"),
+    (BIG, "v6e-8", Wish(hub_cache=Path("x")), "--hub-cache: nothing to link"),
+    (BIG, "v6e-8", Wish(image="x", container=False), "--image and --bare do not go together"),
     (BIG, "v6e-8", Wish(from_hub="nothing"), "'nothing' is no name of a repository"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_said_at_once(path, on, wish, words):
@@ -202,6 +204,12 @@ def test_an_own_file_pins_the_image(tmp_path, monkeypatch, model):
     one = serving.settle(str(model), "v6e-4", Wish(tp=4))
     assert one.image == "vllm/vllm-tpu@sha256:abc" and one.source == str(own)
     assert f"{model.resolve()}:/model:ro" in serving.docker_command(one)
+    own.write_text("machines: {tpu: {flags: []}, gpu: {flags: [--enforce-eager]}}")
+    assert "--disable_chunked_mm_input" not in serving.docker_command(serving.settle(str(model), "v6e-4", Wish(tp=4)))
+    assert serving.docker_command(serving.settle(str(model), "h100x1", Wish()))[-1] == "--enforce-eager"
+    own.write_text("machines: {tpu: {flags: [3]}, gpu: {flags: x}}")
+    with pytest.raises(UserError, match="tpu.flags: .3. must be a list like .*\n.*gpu.flags: 'x' must be a list of "):
+        serving.settle(str(model), "v6e-4", Wish(tp=4))
     own.write_text("machines: {tpu: {flag: [x]}}")
     with pytest.raises(UserError, match="machines.tpu.flag: unknown key; did you mean flags"):
         serving.settle(str(model), "v6e-4", Wish(tp=4))
@@ -291,7 +299,7 @@ case $1 in
 esac
 """)
     (tools / "vllm").write_text(f"""#!/bin/bash
-echo "vllm $*" >> {state}/docker.log
+echo "vllm $*, programs in $VLLM_XLA_CACHE_PATH" >> {state}/docker.log
 touch {state}/up
 exec sleep 60
 """)
@@ -380,6 +388,7 @@ def test_a_bare_server_is_waited_for_and_ended_too(start, tmp_path):
 
     code, err, calls = start(wish=Wish(tp=4, container=False, cache=tmp_path / "cache"), wait=end)
     assert "ready: http://127.0.0.1:8000/v1" in err and any(line.startswith("vllm serve") for line in calls)
+    assert f"{tmp_path}/cache/xla" in " ".join(calls), "its compiled programs are kept too"
 
 
 @pytest.mark.parametrize("on, wish", [("v6e-4", Wish(tp=4)), ("h100x2", Wish(served_name="it's 'quoted' $(x)")),

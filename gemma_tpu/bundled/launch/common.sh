@@ -68,7 +68,7 @@ pack() {
   mkdir "$WORK/gemma-tpu"
   config >"$WORK/gemma-tpu/config.yaml"
   machine >"$WORK/gemma-tpu/machine.sh"
-  printf 'PACKAGE=%q\nMIRROR=%q\n' "$PACKAGE" "$MIRROR" >"$WORK/gemma-tpu/settings.sh"
+  printf 'PACKAGE=%q\nEXTRAS=%q\nMIRROR=%q\n' "$PACKAGE" "$EXTRAS" "$MIRROR" >"$WORK/gemma-tpu/settings.sh"
   if [ -n "$SOURCE" ]; then
     tar -C "$SOURCE" --exclude=__pycache__ -czf "$WORK/gemma-tpu/source.tgz" \
       pyproject.toml README.md LICENSE gemma_tpu recipes configs

@@ -3,7 +3,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ENVIRONMENT=${GEMMA_TPU_ENVIRONMENT:-$HOME/gemma-tpu-env}
-PACKAGE='' MIRROR=''
+PACKAGE='' EXTRAS='' MIRROR=''
 # shellcheck source=/dev/null
 . "$HERE/settings.sh"
 
@@ -15,7 +15,7 @@ prepare() {
     rm -rf "$HERE/source"
     mkdir "$HERE/source"
     tar -C "$HERE/source" -xzf "$HERE/source.tgz"
-    package="$HERE/source[tpu,gcs]"
+    package="$HERE/source[$EXTRAS]"
   fi
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --python 3.12 "$ENVIRONMENT"
   "$uv" pip install --quiet --python "$ENVIRONMENT/bin/python" "$package"
