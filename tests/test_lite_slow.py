@@ -44,8 +44,8 @@ class Process:
                 break
         assert self.url, self.said
         self.port = int(self.url.rpartition(":")[2])
-        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr), daemon=True)
-        self._reader.start()
+        self.reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr), daemon=True)
+        self.reader.start()
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -61,7 +61,7 @@ class Process:
             self.process.send_signal(signal.SIGTERM)
         out = self.process.stdout.read()
         assert self.process.wait(60) == 0, self.said
-        self._reader.join(5)
+        self.reader.join(5)
         assert "Traceback" not in "".join(self.said), self.said
         return json.loads(out)
 
@@ -78,6 +78,9 @@ def serve(base32, compile_cache):
     for one in started:
         one.process.kill()
         one.process.wait()
+        one.reader.join(5)
+        one.process.stdout.close()
+        one.process.stderr.close()
 
 
 async def _one_stream(port: int, rng: random.Random) -> int:
@@ -161,11 +164,12 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
         body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": number % 3 > 0}).encode()
         line = socket.create_connection(("127.0.0.1", server.port), timeout=10)
         whole = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        line.sendall(whole[: rng.randrange(10, len(whole))] if number % 4 == 0 else whole)
-        if number % 3 == 1:
-            line.recv(200)
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, and no goodbye
-        line.close()
+        half = number % 4 == 0
+        with line:
+            line.sendall(whole[: rng.randrange(10, len(whole))] if half else whole)
+            if number % 3 == 1 and not half:
+                line.recv(200)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, no goodbye
     end = time.monotonic() + 30
     while server.metric("num_requests_running") + server.metric("num_requests_waiting") and time.monotonic() < end:
         time.sleep(0.1)
