@@ -169,7 +169,7 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
             line.sendall(whole[: rng.randrange(10, len(whole))] if half else whole)
             if number % 3 == 1 and not half:
                 line.recv(200)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, no goodbye
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset
     end = time.monotonic() + 30
     while server.metric("num_requests_running") + server.metric("num_requests_waiting") and time.monotonic() < end:
         time.sleep(0.1)
