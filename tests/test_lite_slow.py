@@ -19,6 +19,9 @@ import pytest
 from runs_helper import ROOT, command, environment
 
 import gemma_tpu
+from gemma_tpu.asking import every
+from gemma_tpu.completions import complete
+from gemma_tpu.drawing import Settings
 from gemma_tpu.endpoint import Endpoint
 from gemma_tpu.tokenizer import Tokenizer
 
@@ -30,9 +33,9 @@ SECONDS = float(os.environ.get("SERVE_LITE_SECONDS", "120"))
 class Process:
     """`gemma-tpu serve-lite` in a process of its own."""
 
-    def __init__(self, target: Path, *options: str, ready: bool = True):
+    def __init__(self, target: Path, *options: str, ready: bool = True, **variables: str):
         argv = command("serve-lite", target, "--port", "0", "--json", *options)
-        self.process = subprocess.Popen(argv, env=environment(), text=True, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen(argv, env=environment(**variables), text=True, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE)  # fmt: skip
         self.said: list[str] = []
         self.url = ""
@@ -178,6 +181,16 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
     assert again == wanted and server.metric("recompiles_total") == 0
     server.stop()
     assert len(server.said) <= 5, "bad clients fill no terminal"
+
+
+def test_on_a_mesh_of_four_it_answers_like_one_device(serve, base32):
+    server = serve(base32, "--mesh", "fsdp=2,tp=2", "--slots", "3",
+                   XLA_FLAGS="--xla_force_host_platform_device_count=4")  # fmt: skip
+    found = Endpoint(server.url).write(every(["one", "two", "three"], raw=True), Settings(max_new_tokens=12))
+    wanted = complete(base32, ["one", "two", "three"], Settings(max_new_tokens=12), raw=True)
+    assert [one["text"] for one in found] == [one["text"] for one in wanted]
+    assert server.metric("slots") == 4, "as many for each device"
+    assert server.stop()["recompiles"] == 0
 
 
 def test_sigterm_finishes_what_is_running_and_takes_nothing_new(serve):
