@@ -63,7 +63,7 @@ class Process:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         out = self.process.stdout.read()
-        assert self.process.wait(60) == 0, self.said
+        assert self.process.wait(120) == 0, self.said
         self.reader.join(5)
         assert "Traceback" not in "".join(self.said), self.said
         return json.loads(out)
@@ -156,7 +156,7 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
     server, rng = serve(), random.Random(0)
     wanted = Endpoint(server.url)._ask("/completions", {"prompt": "a", "max_tokens": 8, "temperature": 0})["choices"]
     for _ in range(200):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as line:
             line.sendall(_malformed(rng))
             line.shutdown(socket.SHUT_WR)
             try:
@@ -165,7 +165,7 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
                 pass  # refused without a word
     for number in range(50):
         body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": number % 3 > 0}).encode()
-        line = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        line = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         whole = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         half = number % 4 == 0
         with line:
@@ -173,7 +173,7 @@ def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
             if number % 3 == 1 and not half:
                 line.recv(200)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while server.metric("num_requests_running") + server.metric("num_requests_waiting") and time.monotonic() < end:
         time.sleep(0.1)
     assert server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0
@@ -214,7 +214,7 @@ def test_sigterm_ends_it_while_it_compiles(serve, monkeypatch):
     server = serve(ready=False)
     begun = time.monotonic()
     server.stop()
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------
