@@ -78,7 +78,6 @@ class Sample:
     ask: Ask
     number: int
     over: bool = False  # ended, or nobody wants more of it
-    count: int = 0  # tokens so far
 
 
 class Batch:
@@ -218,7 +217,6 @@ class Batch:
             listed = None
             if sample.ask.likeliest:  # another program's last digit may differ: what is reported stands
                 listed = [tops[slot] | {token: logprob} for token, logprob in zip(tokens, logprobs, strict=True)]
-            sample.count += count
             total += count
             if sample.ask.first is None:
                 sample.ask.first = now

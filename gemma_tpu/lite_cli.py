@@ -102,16 +102,20 @@ def _serve(args: argparse.Namespace, served: Any, listener: socket.socket, addre
     from gemma_tpu import lite_app
 
     engine, device = served.engine, served.engine.device
+    options = uvicorn.Config(lite_app.build(served), log_config=None, log_level="critical", access_log=False,
+                             timeout_graceful_shutdown=args.drain, server_header=False)  # fmt: skip
+    server = uvicorn.Server(options)
+
+    def end(*_: Any) -> None:
+        server.should_exit = True
+
+    # Once it runs, the web server has handlers of its own: it stops, waits for what is running, and raises the signal
+    # once more. That is not to end this process before it has said its last word.
+    before = {one: signal.signal(one, end) for one in (signal.SIGTERM, signal.SIGINT)}
     _say(f"{address}/v1 serves {served.name}: {device.slots} slots of {device.capacity} tokens, prefill in buckets of "
          f"{', '.join(map(str, device.buckets))}; compiling, {address}/health says when it is ready")  # fmt: skip
     engine.start()
     threading.Thread(target=_announce, args=(engine, address), daemon=True).start()
-    options = uvicorn.Config(lite_app.build(served), log_config=None, log_level="critical", access_log=False,
-                             timeout_graceful_shutdown=args.drain, server_header=False)  # fmt: skip
-    server = uvicorn.Server(options)
-    # The web server stops at a signal, waits for what is running, and raises the signal once more: that is not
-    # to end this process before it has said its last word.
-    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listener])
     finally:
