@@ -130,6 +130,10 @@ def test_what_a_server_refuses_is_left_out_and_said(server, bench):
     server.unknown, server.bodies = {"ignore_eos", "min_tokens", "stream_options"}, []
     found = bench(*QUICK, out="none.json")
     assert set(server.bodies[-1]) == {"model", "prompt", "max_tokens", "temperature", "stream"}
+    assert "short_output" not in found["points"][0]["flags"]
+    server.short = 3
+    said = bench(*QUICK, out="short.json")["points"][0]["flags"]["short_output"]
+    assert said.startswith("4 of 4 answers ended before 12 tokens (the shortest after 3)")
     assert found["points"][0]["counted_by"] == ["tokenizer"] and "nothing beyond OpenAI's own" in bench.said
 
 
@@ -182,6 +186,7 @@ def test_a_finished_sweep_is_not_run_again_and_another_is_refused(server, bench,
     assert bench(*QUICK)["points"] == first["points"] and len(server.bodies) == asked
     found = bench(*QUICK, "--seed", 5, code=2)
     assert "seed: 0 there, 5 now" in found["error"] and "name another file" in found["error"]
+    assert "notes: {} there, {'tp': '8'} now" in bench(*QUICK, "--note", "tp=8", code=2)["error"]
     (tmp_path / "out.json").write_text('{"request_rate": 1}')
     assert "neither a result of this command" in bench(*QUICK, code=2)["error"]
     assert not list(tmp_path.glob(".*.tmp"))
