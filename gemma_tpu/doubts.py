@@ -73,7 +73,7 @@ def _counts(point: Card) -> Flags:
     if short and point.get("fixed_output", True):
         said = f"{len(short)} of {len(whole)} answers ended before {point['output']} tokens (the shortest after "
         found["short_output"] = f"{said}{min(short)}): the server heeds neither ignore_eos nor min_tokens"
-    if point.get("input") is not None:
+    if point.get("input") is not None and point.get("fixed_output", True):
         other = [one["input_tokens"] for one in whole
                  if one["input_tokens"] is not None and one["input_tokens"] != point["input"]]  # fmt: skip
         if other:
