@@ -71,6 +71,7 @@ def measure(
     if missing:
         lift_limit()
         sweep = _Sweep(server, settings, vocabulary, results, _prompts(settings, missing), say)
+        results.save()  # what cannot be written is said before an hour of measuring
         asyncio.run(sweep.run(missing))
     return results
 
@@ -170,7 +171,7 @@ class _Sweep:
         with _Progress(point) as progress:
             found = await run_point(wire, dialect, prompts, point.output, times, self._count, progress)
         after = await self._settled(before, sum(one.ok for one in found.replies))
-        return _card(point, found, before, after, dialect, self._own is None and dialect.fixed_length)
+        return _card(point, found, before, after, dialect, self._own is None)
 
     async def _settled(self, before: scrape.Samples, wanted: int) -> scrape.Samples:
         """The metrics once the last request is in them: a server counts it after its last token has gone out."""

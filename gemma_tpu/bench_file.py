@@ -16,7 +16,8 @@ from gemma_tpu.runs import write_text
 
 FORMAT = "gemma-tpu bench 1"
 # What must be the same for two points to stand in one file. The KV dtype is what the user says of the server.
-SAME = ("endpoint", "arrivals", "seed", "temperature", "shared_prefix", "tokenizer", "data", "kv_dtype", "timeout")
+SAME = ("endpoint", "arrivals", "seed", "temperature", "shared_prefix", "tokenizer", "data", "kv_dtype", "timeout",
+        "warmup", "notes")  # fmt: skip
 SAME_SERVER = ("url", "model", "root", "version")
 
 Card = dict[str, Any]
@@ -63,14 +64,15 @@ class Results:
 
 
 def begin(path: Path, settings: Card, server: Card, client: Card) -> Results:
-    """A new file, or the one that is there if it asks the same of the same server."""
+    """A new file (not yet written), or the one that is there if it asks the same of the same server."""
+    made = Results(path, settings, server, client, [])
     if not path.exists():
-        made = Results(path, settings, server, client, [])
-        made.save()
         return made
     found = read(path)
     if found.settings.get("source") != OURS:
         raise UserError(f"--out {path}: is there and no result of this command; name another file")
+    if not found.points:
+        return made
     changed = [
         f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
         for there, now, names in ((found.settings, settings, SAME), (found.server, server, SAME_SERVER))

@@ -71,9 +71,9 @@ def _counts(point: Card) -> Flags:
     whole = [one for one in point.get("requests") or () if "error" not in one]
     short = [one["output_tokens"] for one in whole if one["output_tokens"] < point["output"]]
     if short and point.get("fixed_output", True):
-        found["short_output"] = (f"{len(short)} of {len(whole)} answers ended before {point['output']} tokens (the "
-                                 f"shortest after {min(short)}): the server does not heed ignore_eos")  # fmt: skip
-    if point.get("input") is not None:
+        said = f"{len(short)} of {len(whole)} answers ended before {point['output']} tokens (the shortest after "
+        found["short_output"] = f"{said}{min(short)}): the server heeds neither ignore_eos nor min_tokens"
+    if point.get("input") is not None and point.get("fixed_output", True):
         other = [one["input_tokens"] for one in whole
                  if one["input_tokens"] is not None and one["input_tokens"] != point["input"]]  # fmt: skip
         if other:

@@ -45,10 +45,6 @@ class Dialect:
         return {"model": self.model, **what, self.limit: output, "temperature": self.temperature, "stream": True,
                 **extras}  # fmt: skip
 
-    @property
-    def fixed_length(self) -> bool:
-        return bool({"ignore_eos", "min_tokens"} & set(self.extras))
-
     def others(self) -> list["Dialect"]:
         """What else could be tried, from the most useful on."""
         limits = ("max_tokens", "max_completion_tokens") if self.endpoint == "chat" else ("max_tokens",)
@@ -89,22 +85,31 @@ async def _take(answer: Answer, dialect: Dialect, reply: Reply, begun: float, co
             over = True
             continue
         found = _parse(data)
-        usage = found.get("usage") or usage
-        for choice in found.get("choices") or ():
-            finish = choice.get("finish_reason")
-            reply.finish_reason = finish or reply.finish_reason
-            text = _text(choice)
-            told = (found.get("usage") or {}).get("completion_tokens")
-            # A token may have no text: a special one, or half of a letter. The last event of a choice and the role
-            # that opens a chat have none either, and no token.
-            bears = bool(text) or dialect.endpoint == "completions" and finish is None
-            events.append(_Event(at - begun, text, told, bears))
+        try:
+            usage = found.get("usage") or usage
+            events += _read(found, at - begun, dialect, reply)
+        except (AttributeError, TypeError):
+            raise Broken("not_openai", f"an event of another form than OpenAI's: {data[:80]!r}") from None
     if not over and reply.finish_reason is None:
         raise Broken("cut_off", f"the stream ended after {len(events)} events, without an end")
     reply.input_tokens = usage.get("prompt_tokens")
     _share(reply, events, usage.get("completion_tokens"), count)
     if not reply.chunks:
         raise Broken("no_tokens", f"an answer without a token (finish_reason {reply.finish_reason})")
+
+
+def _read(found: dict[str, Any], at: float, dialect: Dialect, reply: Reply) -> list[_Event]:
+    """What one event says of the answer: as a rule one choice, or none beside the usage."""
+    told = (found.get("usage") or {}).get("completion_tokens")
+    events = []
+    for choice in found.get("choices") or ():
+        finish, text = choice.get("finish_reason"), _text(choice)
+        reply.finish_reason = finish or reply.finish_reason
+        # A token may have no text: a special one, or half of a letter. The last event of a choice and the role
+        # that opens a chat have none either, and no token.
+        bears = bool(text) or dialect.endpoint == "completions" and finish is None
+        events.append(_Event(at, text, told, bears))
+    return events
 
 
 async def _messages(answer: Answer) -> AsyncIterator[tuple[float, str]]:

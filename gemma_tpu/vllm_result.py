@@ -5,6 +5,7 @@ it only with --save-detailed; without, medians and the percentiles that were ask
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def point(found: Card) -> Card:
     card = {
         "input": round(found["total_input_tokens"] / done),
         "output": round(found["total_output_tokens"] / done),
-        "qps": found["request_rate"],  # a number, or "inf"
+        "qps": "inf" if math.isinf(float(found["request_rate"])) else found["request_rate"],
         "prompts": found["num_prompts"],
         "completed": found["completed"],
         "failed": failed,

@@ -50,16 +50,22 @@ def bench(server, tokenizer, tmp_path, capsys):
 
 
 ONE = ("--input", 24, "--output", 12, "--qps", 40, "--prompts", 20, "--warmup", 1)
+QUICK = ("--input", 24, "--output", 12, "--qps", "inf", "--prompts", 4, "--warmup", 0)
+
+
+def near(value, wanted, early=0.95):
+    """A busy machine is late, never early."""
+    return early * wanted <= value <= 1.4 * wanted + 10
 
 
 def test_known_delays_come_back_as_ttft_tpot_itl_and_e2e(server, bench):
-    server.first, server.gap = 0.05, 0.01
+    server.first, server.gap = 0.1, 0.03
     found = bench(*ONE)
     assert (found["completed"], found["failed"]) == (20, 0)
-    assert found["ttft_ms"]["p50"] == pytest.approx(50, abs=8)
-    assert found["tpot_ms"]["p50"] == pytest.approx(10, abs=1)
-    assert found["itl_ms"]["p50"] == pytest.approx(10, abs=1.5)
-    assert found["e2e_ms"]["p50"] == pytest.approx(160, abs=12)
+    assert near(found["ttft_ms"]["p50"], 100)
+    assert near(found["tpot_ms"]["p50"], 30, early=0.85)
+    assert near(found["itl_ms"]["p50"], 30, early=0.85)
+    assert near(found["e2e_ms"]["p50"], 100 + 11 * 30)
     assert found["output_throughput"] == pytest.approx(20 * 12 / found["duration"], rel=1e-3)
     assert found["points"][0]["counted_by"] == ["usage"] and found["points"][0]["tokens_per_chunk"] == 1
     for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
@@ -70,20 +76,22 @@ def test_the_loop_is_open_a_slow_server_is_asked_no_less_often(server, bench):
     """Every request is sent at its time, though none has been answered yet."""
     server.first, server.gap = 0.6, 0.0
     found = bench("--input", 8, "--output", 2, "--qps", 60, "--prompts", 24, "--arrivals", "constant", "--warmup", 0)
-    sent = [one["sent"] for one in found["points"][0]["requests"]]
-    assert sent == pytest.approx([(n + 1) / 60 for n in range(24)], abs=0.03)
-    assert found["points"][0]["lag_ms"]["p99"] < 30
-    assert found["duration"] == pytest.approx(1.0, abs=0.15)
+    requests = found["points"][0]["requests"]
+    assert [one["scheduled"] for one in requests] == pytest.approx([(n + 1) / 60 for n in range(24)], abs=1e-6)
+    assert all(0 <= one["sent"] - one["scheduled"] < 0.15 for one in requests)
+    assert max(one["sent"] for one in requests) < 0.6
+    assert found["points"][0]["lag_ms"]["p99"] < 150
+    assert 0.99 < found["duration"] < 1.5
 
 
 @pytest.mark.parametrize("usage", ["every", "last", "none"])
 def test_chunks_of_several_tokens_are_counted_as_tokens(server, bench, usage):
-    server.together, server.usage, server.gap = 4, usage, 0.02
+    server.together, server.usage, server.gap = 4, usage, 0.04
     found = bench(*ONE)
     point = found["points"][0]
     assert point["output_tokens"] == 20 * 12 and point["tokens_per_chunk"] == 4
-    assert found["itl_ms"]["mean"] == pytest.approx(2 * 20 / 11, abs=0.8)  # 11 waits, of which 2 of 20 ms are shared
-    assert point["chunk_gap_ms"]["p50"] == pytest.approx(20, abs=2)
+    assert near(found["itl_ms"]["mean"], 2 * 40 / 11, early=0.8)  # 2 waits of 40 ms, shared by 11 tokens
+    assert near(point["chunk_gap_ms"]["p50"], 40, early=0.8)
     assert point["counted_by"] == (["tokenizer"] if usage == "none" else ["usage"])
     assert ("tokens_by_text" in point["flags"]) == (usage == "none")
 
@@ -114,14 +122,18 @@ def test_a_shared_prefix_is_shared_and_stated(server, bench):
 
 def test_what_a_server_refuses_is_left_out_and_said(server, bench):
     server.unknown = {"continuous_usage_stats"}
-    bench(*ONE)
+    bench(*QUICK)
     assert server.bodies[-1]["ignore_eos"] and server.bodies[-1]["stream_options"] == {"include_usage": True}
     server.unknown, server.bodies = {"ignore_eos", "continuous_usage_stats"}, []
-    bench(*ONE, out="min.json")
+    bench(*QUICK, out="min.json")
     assert server.bodies[-1]["min_tokens"] == 12 and "ignore_eos" not in server.bodies[-1]
     server.unknown, server.bodies = {"ignore_eos", "min_tokens", "stream_options"}, []
-    found = bench(*ONE, out="none.json")
+    found = bench(*QUICK, out="none.json")
     assert set(server.bodies[-1]) == {"model", "prompt", "max_tokens", "temperature", "stream"}
+    assert "short_output" not in found["points"][0]["flags"]
+    server.short = 3
+    said = bench(*QUICK, out="short.json")["points"][0]["flags"]["short_output"]
+    assert said.startswith("4 of 4 answers ended before 12 tokens (the shortest after 3)")
     assert found["points"][0]["counted_by"] == ["tokenizer"] and "nothing beyond OpenAI's own" in bench.said
 
 
@@ -129,12 +141,12 @@ def test_chats_go_to_the_chat_endpoint_and_their_role_is_no_token(server, bench)
     server.first = 0.08
     for usage in ("every", "last"):
         server.usage = usage
-        found = bench("--endpoint", "chat", *ONE, out=f"{usage}.json")
+        found = bench("--endpoint", "chat", *QUICK, out=f"{usage}.json")
         assert server.bodies[-1]["messages"][0]["role"] == "user"
-        assert found["ttft_ms"]["p50"] == pytest.approx(80, abs=8)
-        assert found["points"][0]["output_tokens"] == 20 * 12
+        assert near(found["ttft_ms"]["p50"], 80)
+        assert found["points"][0]["output_tokens"] == 4 * 12
     server.unknown, server.bodies = {"max_tokens"}, []
-    bench("--endpoint", "chat", *ONE, out="newer.json")
+    bench("--endpoint", "chat", *QUICK, out="newer.json")
     assert server.bodies[-1]["max_completion_tokens"] == 12
 
 
@@ -147,7 +159,7 @@ def test_failures_are_counted_by_their_kind_and_spoil_no_latency(server, bench):
         "http_429": 1,
     }  # fmt: skip
     assert (found["completed"], found["failed"]) == (2, 9)
-    assert found["e2e_ms"]["p99"] < 200
+    assert found["e2e_ms"]["p99"] < 900  # the one that stalled took a second
     said = {one["error"]: one["said"] for one in found["points"][0]["requests"] if "error" in one}
     assert said["http_429"] == "no, 429" and said["error_event"] == "out of memory"
     assert found["points"][0]["flags"]["failures"].startswith("9 of 11 requests failed")
@@ -169,22 +181,23 @@ def test_a_server_that_is_gone_ends_the_sweep_and_keeps_what_is_finished(server,
 
 
 def test_a_finished_sweep_is_not_run_again_and_another_is_refused(server, bench, tmp_path):
-    first = bench(*ONE)
+    first = bench(*QUICK)
     asked = len(server.bodies)
-    assert bench(*ONE)["points"] == first["points"] and len(server.bodies) == asked
-    found = bench(*ONE, "--seed", 5, code=2)
+    assert bench(*QUICK)["points"] == first["points"] and len(server.bodies) == asked
+    found = bench(*QUICK, "--seed", 5, code=2)
     assert "seed: 0 there, 5 now" in found["error"] and "name another file" in found["error"]
+    assert "notes: {} there, {'tp': '8'} now" in bench(*QUICK, "--note", "tp=8", code=2)["error"]
     (tmp_path / "out.json").write_text('{"request_rate": 1}')
-    assert "neither a result of this command" in bench(*ONE, code=2)["error"]
+    assert "neither a result of this command" in bench(*QUICK, code=2)["error"]
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_server_that_is_too_slow_saturates_between_two_rates(server, bench):
     """One request at a time of 20 ms: fewer than 50 a second."""
     server.first, server.gap, server.slots = 0.02, 0.0, asyncio.Semaphore(1)
-    found = bench("--input", 8, "--output", 2, "--qps", "20,30,150", "--prompts", 50, "--arrivals", "constant")
-    assert found["saturation"]["8/2"]["first_not"] == 150.0 and found["saturation_qps"] == 30.0
-    assert [one["keeps_up"] for one in found["points"]] == [True, True, False]
+    found = bench("--input", 8, "--output", 2, "--qps", "25,200", "--prompts", 40, "--arrivals", "constant")
+    assert found["saturation"]["8/2"]["first_not"] == 200.0 and found["saturation_qps"] == 25.0
+    assert [one["keeps_up"] for one in found["points"]] == [True, False]
 
 
 def test_the_servers_own_clocks_split_the_latency(server, bench):
@@ -250,13 +263,13 @@ def test_wrong_input_is_one_message(server, bench, arguments, said):
 
 def test_a_server_that_refuses_or_is_not_there_is_said_at_once(server, bench, tokenizer):
     server.faults = [401]
-    assert "refuses the first request: http_401: no, 401" in bench(*ONE, code=2)["error"]
+    assert "refuses the first request: http_401: no, 401" in bench(*QUICK, code=2)["error"]
     server.faults = ["refuse"]
-    assert "the first request failed: closed" in bench(*ONE, code=1, out="b.json")["error"]
+    assert "the first request failed: closed" in bench(*QUICK, code=1, out="b.json")["error"]
     server.models = [{"id": "a"}, {"id": "b"}]
-    assert "serves a, b: say which model" in bench(*ONE, code=2, out="c.json")["error"]
-    assert "no answer" in bench(*ONE, code=1, url="http://127.0.0.1:9", out="d.json")["error"]
-    assert "begins with http://" in bench(*ONE, code=2, url="ftp://x", out="e.json")["error"]
+    assert "serves a, b: say which model" in bench(*QUICK, code=2, out="c.json")["error"]
+    assert "no answer" in bench(*QUICK, code=1, url="http://127.0.0.1:9", out="d.json")["error"]
+    assert "begins with http://" in bench(*QUICK, code=2, url="ftp://x", out="e.json")["error"]
 
 
 def test_a_missing_tokenizer_is_asked_for(server, capsys):
@@ -321,7 +334,7 @@ def test_two_runs_are_compared_where_they_have_the_same_points(server, bench, tm
     found = bench("--compare", *files, url=None)
     assert [(one["shape"], one["qps"]) for one in found["points"]] == [("24/12", "40")]
     fast, slow = found["points"][0]["TPOT p50"]
-    assert slow / fast == pytest.approx(2.0, rel=0.2)
+    assert 1.4 < slow / fast < 2.8
     assert sorted(found["alone"]) == ["24/12 at QPS 80: only in slow", "24/12 at QPS inf: only in fast"]
     near = json.loads((tmp_path / "slow.json").read_text())
     for point in near["points"]:
@@ -364,7 +377,7 @@ def test_a_ttft_under_the_floor_of_the_stated_hardware_is_flagged(server, bench)
     point = found["points"][0]
     assert point["ttft_floor_ms"] == pytest.approx(1900 * 2 * 29.5e9 / (4 * 197e12) * 1e3, rel=0.1)
     assert point["flags"]["ttft_below_floor"].startswith("6 of 6 TTFTs")
-    assert "ttft_below_floor" not in bench(*ONE, "--on", "v6e-8", "--weights", "google/gemma-3-270m-it",
+    assert "ttft_below_floor" not in bench(*QUICK, "--on", "v6e-8", "--weights", "google/gemma-3-270m-it",
                                            out="small.json")["points"][0]["flags"]  # fmt: skip
 
 

@@ -76,6 +76,7 @@ def test_a_body_may_end_by_its_length_or_with_the_connection():
     ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"5\r\nda"], "closed"),
     ([HEAD + b"\r\n", b"data: {\"choices\"\n\n"], "not_openai"),
     ([HEAD + b"\r\n", b"data: [1]\n\n"], "not_openai"),
+    ([HEAD + b"\r\n", b"data: {\"choices\": [3]}\n\n"], "not_openai"),
     ([HEAD + b"\r\n", b"data: {\"choices\": [{\"text\": \"a\"}]}\n\n"], "cut_off"),
     ([HEAD + b"\r\n", b"data: [DONE]\n\n"], "no_tokens"),
     ([b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"], "not_streamed"),
