@@ -166,7 +166,7 @@ def side_by_side(recipe, tmp_path, base, *launch, script=HERE / "train.py", **mo
 
 CASES = {
     "packed": {}, "padded": {"data": {"packing": "off"}},
-    "accumulated": {"train": {"accumulation": 2}, "optim": {"clip": 0.05}},
+    "accumulated": {"train": {"accumulation": 2, "remat": "full"}, "optim": {"clip": 0.05}},
 }  # fmt: skip
 
 

@@ -57,8 +57,9 @@ class Baseline(trl.SFTTrainer):
 class Journal(TrainerCallback):
     """metrics.jsonl, with the keys of a run of ours."""
 
-    def __init__(self, config: Config, sheets: Sheets, record: dict[str, Any], updates: int, devices: int, rows: int):
-        self.config, self.sheets, self.record = config, sheets, record
+    def __init__(self, run: runs.RunFolder, config: Config, sheets: Sheets, record: dict[str, Any], updates: int,
+                 devices: int, rows: int):  # fmt: skip
+        self.run, self.config, self.sheets, self.record = run, config, sheets, record
         self.devices, self.rows = devices, rows
         self.begun = self.last = time.monotonic()
         self._file, self._lines, self._updates = None, None, updates
@@ -69,7 +70,7 @@ class Journal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._file = metrics.Journal(runs.RunFolder(Path(self.config.run_dir).expanduser()).metrics, 0)
+            self._file = metrics.Journal(self.run.metrics, 0)
             self._lines = metrics.Progress(self._updates, 0, self.config.log.every, self.config.log.progress)
         self.begun = self.last = time.monotonic()
 
@@ -110,10 +111,12 @@ def model_of(config: Config, start: Path) -> peft.PeftModel:
     return peft.PeftModel.from_pretrained(base, start, config=settings, is_trainable=True)
 
 
-def arguments_of(config: Config, rates: list[float], updates: int, rows: int, accumulation: int) -> trl.SFTConfig:
+def arguments_of(
+    config: Config, run: runs.RunFolder, rates: list[float], updates: int, rows: int, accumulation: int
+) -> trl.SFTConfig:
     optim, cuda = config.optim, torch.cuda.is_available()
     return trl.SFTConfig(
-        output_dir=str(Path(config.run_dir).expanduser() / "trainer"), max_steps=updates,
+        output_dir=str(run.path / "trainer"), max_steps=updates,
         per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
         optim="adamw_torch", learning_rate=max(rates), weight_decay=optim.weight_decay,
         adam_beta1=0.9 if optim.b1 is None else optim.b1, adam_beta2=0.999 if optim.b2 is None else optim.b2,
@@ -170,8 +173,8 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
     devices = int(os.environ.get("WORLD_SIZE", 1))
     rows, accumulation = split(config, devices)
     sheets = Sheets(loader)
-    journal = Journal(config, sheets, record, updates, devices, rows)
-    arguments = arguments_of(config, record["rates"], updates, rows, accumulation)
+    journal = Journal(run, config, sheets, record, updates, devices, rows)
+    arguments = arguments_of(config, run, record["rates"], updates, rows, accumulation)
     Baseline.rates = record["rates"]
     trainer = Baseline(
         model_of(config, run_dir / START), args=arguments, data_collator=collator(sheets), callbacks=[journal],
