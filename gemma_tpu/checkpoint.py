@@ -6,7 +6,7 @@ of every bit of the state, which does not depend on the mesh: what is restored i
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +285,17 @@ def open_existing(run_dir: Path) -> Checkpoints:
     return checkpoints
 
 
-def delete_folder(folder: str) -> None:
-    """A folder of checkpoints and all that is in it, on a disk or in a bucket."""
+def delete_folder(folder: str, may_go: Callable[[Mapping[str, Any]], bool]) -> None:
+    """A folder of checkpoints and all that is in it, on a disk or in a bucket, if the record of each may go."""
     there = Checkpoints(folder)
-    place = there._orbax.directory
-    there.close()
+    try:
+        others = [step for step in there.steps if not may_go(there.record(step))]
+        place = there._orbax.directory
+    finally:
+        there.close()
+    if others:
+        raise UserError(f"{folder} holds checkpoints of another run (steps {', '.join(map(str, others))}), which are "
+                        "not to be deleted; move them, or give another checkpoint.folder")  # fmt: skip
     place.rmtree(missing_ok=True)
 
 

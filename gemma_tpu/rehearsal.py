@@ -5,6 +5,7 @@ sample; each is timed, and what the planner predicted stands beside what was mea
 checkpoints are not touched: the rehearsal has a folder beside them, which may be deleted.
 """
 
+import gc
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ from gemma_tpu import (
     chips,
     completions,
     distributed,
+    faults,
     loading,
     metrics,
     patch,
@@ -38,6 +40,7 @@ from gemma_tpu.schema import Config
 from gemma_tpu.shards import open_checkpoint
 
 STEPS = 10
+SUFFIX = "-rehearsal"
 LIMIT_S = 600.0  # what a rehearsal is meant to take at most
 
 
@@ -57,10 +60,10 @@ def config_for(config: Config) -> Config:
         train=replace(config.train, steps=STEPS, epochs=None),
         optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, STEPS // 2)),
         checkpoint=replace(config.checkpoint, every=STEPS, seconds=None, keep=1, keep_best=0,
-                           folder=None if folder is None else f"{folder.rstrip('/')}-rehearsal"),
+                           folder=None if folder is None else f"{folder.rstrip('/')}{SUFFIX}"),
         eval=replace(config.eval, every=None, patience=None),
         log=replace(config.log, trackers=(), every=1),
-        run_dir=f"{config.run_dir.rstrip('/')}-rehearsal",
+        run_dir=f"{config.run_dir.rstrip('/')}{SUFFIX}",
     )  # fmt: skip
 
 
@@ -71,11 +74,12 @@ def rehearse(config: Config, recipe: Callable[[Config], Any]) -> dict[str, Any]:
     _clear(run, short)
     checks: list[Check] = []
     summary = _do(checks, f"load, compile, {STEPS} updates, save", lambda: recipe(short), _trained) or {}
+    gc.collect()  # the devices are to hold one model at a time
     if distributed.is_first() and checks[-1].ok:
         found = _do(checks, "restore", lambda: adapters.read(run.path), lambda one: f"step {one.step}")
         if found is not None:
             _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
-            _do(checks, "sample", lambda: _sample(run), lambda text: f"{' '.join(text.split())[:100]!r}")
+            _do(checks, "sample", lambda: _sample(run), lambda told: told)
         _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
     compared = _compare(config, run, summary) if summary else {}
     seconds = time.monotonic() - begun
@@ -92,12 +96,16 @@ def _clear(run: runs.RunFolder, short: Config) -> None:
     """An earlier rehearsal goes; anything else of that name stays, and is refused by the run itself."""
     distributed.barrier("before the rehearsal")
     if distributed.is_first() and (run.path / "config.yaml").exists():
-        if not runs.read_config(run.path).run_dir.endswith("-rehearsal"):
+        if not runs.read_config(run.path).run_dir.endswith(SUFFIX):
             raise UserError(f"{run.path} holds a run that is no rehearsal; move it, or give another run_dir")
         shutil.rmtree(run.path)
     if distributed.is_first() and short.checkpoint.folder is not None:
-        checkpoint.delete_folder(short.checkpoint.folder)
+        checkpoint.delete_folder(short.checkpoint.folder, _is_rehearsal)
     distributed.barrier("after an earlier rehearsal has gone")
+
+
+def _is_rehearsal(record: Mapping[str, Any]) -> bool:
+    return record["config"]["run_dir"].endswith(SUFFIX)
 
 
 def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
@@ -107,6 +115,10 @@ def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callabl
         told, ok = tell(found), True
     except (UserError, RunError) as error:
         found, told, ok = None, str(error), False
+    except Exception as error:
+        if not faults.is_memory(error):
+            raise
+        found, told, ok = None, f"out of memory: {str(error).strip().splitlines()[0][:300]}", False
     checks.append(Check(name, ok, round(time.monotonic() - begun, 1), told))
     return found
 
@@ -122,12 +134,16 @@ def _merge_one(found: adapters.Trained, model: str, run: runs.RunFolder) -> str:
     """The smallest shard that the run changes, merged to a file that is deleted again."""
     base = open_checkpoint(model)
     report = patch.try_shard(base, run.path, updates_of(found, loading.architecture(base)))
-    return f"{report.tensors_changed} tensors of it changed, {report.bytes / 2**20:,.1f} MiB"
+    whole, free = (size / 2**30 for size in (base.total_bytes, shutil.disk_usage(run.path).free))
+    return (f"{report.tensors_changed} tensors of it changed, {report.bytes / 2**20:,.1f} MiB; all shards: "
+            f"{whole:,.1f} GiB, {free:,.1f} free" + (": too little, give --out another disk" if whole > free else ""))
 
 
 def _sample(run: runs.RunFolder) -> str:
-    settings = sampler.Settings(max_new_tokens=16)
-    return completions.complete(run.path, ["Hello."], settings)[0]["text"]
+    if distributed.count() > 1:
+        return "left out on several hosts: `gemma-tpu sample` does it afterwards"
+    settings, mesh = sampler.Settings(max_new_tokens=16), completions.mesh_for(run.path)
+    return repr(" ".join(completions.complete(run.path, ["Hello."], settings, mesh=mesh)[0]["text"].split())[:100])
 
 
 def _room(config: Config, run: runs.RunFolder, short: Config) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,74 @@ def test_tensorboard_itself_reads_the_file(tmp_path):
 def test_a_tracker_that_is_not_installed_is_said(tmp_path):
     with pytest.raises(UserError, match="trackio, which is not installed: pip install trackio"):
         trackers.open_trackers(tmp_path, False, ["trackio"], "p", "r", {})
+
+
+class Service:
+    """W&B's four calls, which Trackio shares."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished, self.broken = {}, [], 0, False
+
+    def init(self, **about):
+        self.begun = about
+
+    def log(self, values, step):
+        if self.broken:
+            raise ConnectionError("the service is\naway")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_tracker_has_the_figures_and_one_that_fails_costs_its_own_curve_alone(tmp_path, monkeypatch, capsys):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    one, = trackers.open_trackers(tmp_path, False, ["trackio"], "project", "run", {"seed": 1})
+    assert service.begun == {"project": "project", "name": "run", "config": {"seed": 1}, "resume": "allow"}
+    one.scalars(1, {"train/loss": 2.0})
+    one.text(1, "sample/x", "text")
+    assert service.logged == [(1, {"train/loss": 2.0}), (1, {"sample/x": "text"})]
+    service.broken = True
+    one.scalars(2, {"train/loss": 1.0})
+    one.scalars(3, {"train/loss": 1.0})
+    one.close()
+    assert capsys.readouterr().err == "warning: trackio is left out from here on: the service is away\n"
+    assert len(service.logged) == 2 and service.finished == 0
+
+
+def test_lines_that_find_no_room_are_kept_and_written_when_there_is_some(tmp_path, capsys):
+    class Disk:
+        full = False
+
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return self._file.write(data[:5])  # as much as there is room for
+
+        def close(self):
+            self._file.close()
+
+    path = tmp_path / "metrics.jsonl"
+    journal = metrics.Journal(path, 0)
+    disk = journal._file._file = Disk(journal._file._file)
+    journal.write({"step": 1})
+    disk.full = True
+    journal.write({"step": 2})
+    journal.write({"step": 3})
+    assert [row["step"] for row in metrics.read(path)] == [1]
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "metrics.jsonl cannot be written (No space left on device)" in said
+    disk.full = False
+    journal.write({"step": 4})
+    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
+    disk.full = True
+    journal.write({"step": 5})
+    journal.close()
+    assert "the last 12 bytes could not be written" in capsys.readouterr().err
 
 
 # --- the meter ----------------------------------------------------------------------------------------------
