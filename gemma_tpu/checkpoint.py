@@ -7,6 +7,7 @@ of every bit of the state, which does not depend on the mesh: what is restored i
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -285,18 +286,27 @@ def open_existing(run_dir: Path) -> Checkpoints:
     return checkpoints
 
 
-def delete_folder(folder: str, may_go: Callable[[Mapping[str, Any]], bool]) -> None:
-    """A folder of checkpoints and all that is in it, on a disk or in a bucket, if the record of each may go."""
+def delete_all(folder: str, may_go: Callable[[Mapping[str, Any]], bool]) -> None:
+    """The checkpoints in a folder, on a disk or in a bucket, if the record of each may go; nothing else of it. Every
+    host asks, and the first one deletes."""
     there = Checkpoints(folder)
     try:
-        others = [step for step in there.steps if not may_go(there.record(step))]
-        place = there._orbax.directory
+        steps, place = there.steps, there._orbax.directory
+        others = [step for step in steps if not may_go(there.record(step))]
     finally:
         there.close()
     if others:
         raise UserError(f"{folder} holds checkpoints of another run (steps {', '.join(map(str, others))}), which are "
                         "not to be deleted; move them, or give another checkpoint.folder")  # fmt: skip
-    place.rmtree(missing_ok=True)
+    if distributed.is_first():
+        for step in steps:
+            (place / str(step)).rmtree()
+
+
+def on_first_host() -> AbstractContextManager[Any]:
+    """For what the first of several hosts does with checkpoints alone: Orbax would wait for the others in it."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+    return ocp.Context(multiprocessing_options=alone)
 
 
 def _first_line(error: Exception) -> str:

@@ -76,11 +76,13 @@ def rehearse(config: Config, recipe: Callable[[Config], Any]) -> dict[str, Any]:
     summary = _do(checks, f"load, compile, {STEPS} updates, save", lambda: recipe(short), _trained) or {}
     gc.collect()  # the devices are to hold one model at a time
     if distributed.is_first() and checks[-1].ok:
-        found = _do(checks, "restore", lambda: adapters.read(run.path), lambda one: f"step {one.step}")
-        if found is not None:
-            _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
-            _do(checks, "sample", lambda: _sample(run), lambda told: told)
+        with checkpoint.on_first_host():
+            found = _do(checks, "restore", lambda: adapters.read(run.path), lambda one: f"step {one.step}")
+            if found is not None:
+                _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
+                _do(checks, "sample", lambda: _sample(run), lambda told: told)
         _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
+    distributed.barrier("the rehearsal is over")  # a host that is done would wait for this one for five minutes alone
     compared = _compare(config, run, summary) if summary else {}
     seconds = time.monotonic() - begun
     ok = all(one.ok for one in checks)
@@ -99,8 +101,8 @@ def _clear(run: runs.RunFolder, short: Config) -> None:
         if not runs.read_config(run.path).run_dir.endswith(SUFFIX):
             raise UserError(f"{run.path} holds a run that is no rehearsal; move it, or give another run_dir")
         shutil.rmtree(run.path)
-    if distributed.is_first() and short.checkpoint.folder is not None:
-        checkpoint.delete_folder(short.checkpoint.folder, _is_rehearsal)
+    if short.checkpoint.folder is not None:
+        checkpoint.delete_all(short.checkpoint.folder, _is_rehearsal)
     distributed.barrier("after an earlier rehearsal has gone")
 
 

@@ -14,7 +14,7 @@ OBJECT = re.compile(r"^(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)$")
 
 
 class Bucket:
-    """The server, while `with` lasts; `environment` is what sends both clients to it."""
+    """The server, while `with` lasts; `environment` is what sends both clients to it, over HTTP alone."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, int]] = {}  # by name: bytes and generation
@@ -42,7 +42,8 @@ class Bucket:
     @property
     def environment(self) -> dict[str, str]:
         return {"TENSORSTORE_GCS_HTTP_URL": self.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-                "STORAGE_EMULATOR_HOST": self.url, "FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_TOKEN": "anon"}  # fmt: skip
+                "STORAGE_EMULATOR_HOST": self.url, "FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_TOKEN": "anon",
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # fmt: skip
 
     def put(self, name: str, data: bytes) -> None:
         with self.lock:
@@ -61,6 +62,7 @@ class Bucket:
 class _Handler(BaseHTTPRequestHandler):
     of: Bucket
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer in one packet, at once
     asked: dict[str, str]
 
     def log_message(self, *_: object) -> None:
@@ -148,9 +150,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._batch(body)
             if "/rewriteTo/" in path or "/copyTo/" in path:
                 here, there = re.match(r".*/b/[^/]+/o/([^/]+)/\w+To/b/[^/]+/o/([^/]+)$", path).groups()
+                if unquote(here) not in self.of.objects:  # a folder, which a bucket does not have
+                    return self._error(404)
                 self.of.put(unquote(there), self.of.objects[unquote(here)][0])
                 return self._answer(200, {"done": True, "resource": self.of.about(unquote(there))})
-            return self._upload(body)
+            return self._piece(path, body) if path.startswith("/upload/session/") else self._upload(body)
 
     def _upload(self, body: bytes) -> None:
         kind, name = self.asked["uploadType"], self.asked.get("name")
@@ -175,15 +179,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         path, body = self._begin()
         with self.of.lock:
-            name, held = self.of.sessions[path.rpartition("/")[2]]
-            if self._refused(name):
-                return None
-            held += body
-            total = self.headers["Content-Range"].rpartition("/")[2]
-            if total == "*" or int(total) > len(held):
-                return self._answer(308, Range=f"bytes=0-{len(held) - 1}")
-            self.of.put(name, bytes(held))
-            return self._answer(200, self.of.about(name))
+            self._piece(path, body)
+
+    def _piece(self, path: str, body: bytes) -> None:
+        name, held = self.of.sessions[path.rpartition("/")[2]]
+        if self._refused(name):
+            return None
+        held += body
+        total = self.headers["Content-Range"].rpartition("/")[2]
+        if total == "*" or int(total) > len(held):
+            return self._answer(308, Range=f"bytes=0-{len(held) - 1}")
+        self.of.put(name, bytes(held))
+        return self._answer(200, self.of.about(name))
 
     def _delete(self, name: str) -> int:
         return 204 if self.of.objects.pop(name, None) is not None else 404

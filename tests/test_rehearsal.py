@@ -80,6 +80,7 @@ def test_a_bucket_that_cannot_be_written_is_found_before_the_first_update(rehear
     said = capsys.readouterr().err
     assert code == 1 and "cannot be" in said and "Traceback" not in said, said
     assert "compiled the train step" not in said
+    assert (tmp_path / "file-rehearsal").read_text() == "in the way"
 
 
 def test_a_base_without_a_tokenizer_is_found(rehearsed, tmp_path, capsys):
@@ -145,8 +146,10 @@ def test_checkpoints_of_another_run_are_never_cleared(again, rehearsed, whole_ru
     assert files(tmp_path / "bucket-rehearsal") == before
     shutil.rmtree(tmp_path / "bucket-rehearsal")
     shutil.copytree(rehearsed.folder / "checkpoints", tmp_path / "bucket-rehearsal")
+    (tmp_path / "bucket-rehearsal" / "notes.txt").write_text("mine")
     again(lambda short: {"steps": 10, "skipped": 10}, checkpoint=section)
-    assert not (tmp_path / "bucket-rehearsal").exists(), "of an earlier rehearsal"
+    left = [path.name for path in (tmp_path / "bucket-rehearsal").iterdir()]
+    assert left == ["notes.txt"], "an earlier rehearsal's checkpoints go, and they alone"
 
 
 @pytest.mark.slow
