@@ -7,13 +7,15 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs_helper import STEPS, first_rows, rows, run_config, saved, train
 
 from gemma_tpu import cli, metrics, trackers
 from gemma_tpu.checkpoint import Checkpoints, checksum
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.meter import Meter, Rates
+from gemma_tpu.logbook import Logbook
+from gemma_tpu.meter import Compilations, Meter, Rates
 
 # --- TensorBoard --------------------------------------------------------------------------------------------
 
@@ -185,6 +187,33 @@ def test_what_is_not_known_of_these_devices_is_left_out():
     found = Meter(Rates()).measure(10, 20, 0.0)
     assert not {"mfu", "usd", "memory_gib"} & found.keys() and found["host_gib"] > 0.01
     assert metrics.measured({"padding": 0.25, "usd": 1.5}) == "  padding 25%  $1.50"
+
+
+def test_what_compiles_while_a_run_goes_on_is_counted_and_explained(capsys):
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def train_step(x):
+        return x * 3 + 1
+
+    log = Logbook.__new__(Logbook)  # its sense for compilations alone
+    log._compilations, log._journals, log.recompiled = Compilations(), {}, 0
+    try:
+        train_step(jnp.ones(3))
+        log._compilations.start()
+        log._explain_compilations(6)
+        assert log.recompiled == 0, "before the first step everything may compile"
+        x = np.ones(4, np.float32)
+        train_step(x)
+        log._explain_compilations(7)
+        train_step(x)
+        log._explain_compilations(8)
+    finally:
+        log._compilations.stop()
+    said = capsys.readouterr().err
+    assert log.recompiled == 1 and said.count("warning") == 1
+    assert "train_step) was compiled at step 7 in" in said and "a batch of another shape" in said
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------
