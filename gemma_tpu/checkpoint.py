@@ -25,11 +25,14 @@ ATTEMPTS = 3  # to save one state, with growing pauses: a network comes back, a 
 METRIC = "held_out_loss"
 
 
+_EXTRAS = {"gs": "gcs", "s3": "s3"}  # what a bucket of this kind needs, by its name in pyproject.toml
+
+
 class Checkpoints:
     """The checkpoints of a run; with `keep` for the run that writes them, without for a reader."""
 
     def __init__(self, folder: str | Path, keep: int | None = None, keep_best: int = 0):
-        self.folder = folder if "://" in str(folder) else Path(folder).expanduser().absolute()
+        self.folder = _bucket(str(folder)) if "://" in str(folder) else Path(folder).expanduser().absolute()
         self._keep, self._keep_best = keep, keep_best
         self._saving: tuple[int, Any] | None = None
         self._save_failed = False
@@ -48,6 +51,10 @@ class Checkpoints:
             return ocp.training.Checkpointer(
                 str(self.folder), preservation_policy=keeping, cleanup_tmp_directories=self._keep is not None
             )
+        except ImportError as error:
+            scheme = str(self.folder).partition("://")[0]
+            raise UserError(f"checkpoints in {self.folder} need one more package: "
+                            f"pip install 'gemma_tpu[{_EXTRAS[scheme]}]'") from error  # fmt: skip
         except Exception as error:  # a disk says OSError; each store's client has exceptions of its own
             raise RunError(f"{self.folder} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
@@ -230,6 +237,12 @@ class Checkpoints:
     def _failed_to_save(self, step: int, error: Exception) -> RunError:
         self._save_failed = True
         return self.failure(f"saving the checkpoint of step {step} in {self.folder}", error)
+
+
+def _bucket(url: str) -> str:
+    if url.partition("://")[0] not in _EXTRAS:
+        raise UserError(f"checkpoint.folder {url}: must be a folder, gs://… or s3://…")
+    return url.rstrip("/")
 
 
 def checksum(tree: Any) -> int:

@@ -140,6 +140,14 @@ def test_a_folder_without_checkpoints_is_said(tmp_path):
         open_existing(tmp_path.parent)
 
 
+def test_a_place_that_is_no_folder_and_no_bucket_is_refused_and_a_missing_package_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="checkpoint.folder ftp://host/run: must be a folder, gs://… or s3://…"):
+        Checkpoints("ftp://host/run")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"in gs://bucket/run need one more package: pip install 'gemma_tpu\[gcs\]'"):
+        Checkpoints("gs://bucket/run/")
+
+
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(whole_run):
     with pytest.raises(UserError, match="has no checkpoint of step 4; it has 3, 6, 8"):
         adapters.read(whole_run, 4)
