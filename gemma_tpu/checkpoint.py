@@ -7,7 +7,6 @@ of every bit of the state, which does not depend on the mesh: what is restored i
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -314,12 +313,6 @@ def delete_all(folder: str, may_go: Callable[[Mapping[str, Any]], bool]) -> None
     if distributed.is_first():
         for step in steps:
             (place / str(step)).rmtree()
-
-
-def on_first_host() -> AbstractContextManager[Any]:
-    """For what the first of several hosts does with checkpoints alone: Orbax would wait for the others in it."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
-    return ocp.Context(multiprocessing_options=alone)
 
 
 def _first_line(error: Exception) -> str:

@@ -84,7 +84,7 @@ class Progress:
         if bar and sys.stderr.isatty():
             self._bar = _rich_bar()
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total, completed=start, shown="")
+            self._task = self._bar.add_task("train", total=total, completed=start, loss="")
 
     def restart(self) -> None:
         """The time that is left is reckoned from here: compiling is over."""
@@ -92,13 +92,15 @@ class Progress:
 
     def update(self, row: Mapping[str, Any]) -> None:
         step = row["step"]
-        shown = (f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  lr {row['lr']:.2e}  "
-                 f"grad {row['grad_norm']:.3f}{measured(row)}")  # fmt: skip
+        loss = f"loss {row['loss']:.4f}"
+        shown = (f"{row['tokens_per_s']:,.0f} tokens/s  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}"
+                 f"{measured(row)}")  # fmt: skip
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.shown = shown
+            self._bar.update(self._task, completed=step, loss=loss)
         elif step % self._every == 0 or step in (self._total, self._start + 1):
             left = (time.monotonic() - self._begun) / (step - self._start) * (self._total - step)
-            say(f"step {step:>5}/{self._total}  {shown}  left {clock(left)}")
+            say(f"step {step:>5}/{self._total}  {loss}  {shown}  left {clock(left)}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -116,11 +118,20 @@ def measured(row: Mapping[str, Any]) -> str:
 
 
 def _rich_bar() -> Any:
+    """The bar with what matters most, and a line below it with the rest: one line would be too long for a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+    class Bar(Progress):
+        shown = ""
+
+        def get_renderables(self) -> Iterable[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield Text(self.shown)
+
+    return Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(), console=Console(stderr=True),
     )  # fmt: skip
 

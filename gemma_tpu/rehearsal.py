@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_tpu import (
     adapters,
@@ -26,6 +28,7 @@ from gemma_tpu import (
     distributed,
     faults,
     loading,
+    mesh,
     metrics,
     patch,
     roofline,
@@ -75,13 +78,13 @@ def rehearse(config: Config, recipe: Callable[[Config], Any]) -> dict[str, Any]:
     checks: list[Check] = []
     summary = _do(checks, f"load, compile, {STEPS} updates, save", lambda: recipe(short), _trained) or {}
     gc.collect()  # the devices are to hold one model at a time
-    if distributed.is_first() and checks[-1].ok:
-        with checkpoint.on_first_host():
-            found = _do(checks, "restore", lambda: adapters.read(run.path), lambda one: f"step {one.step}")
-            if found is not None:
-                _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
-                _do(checks, "sample", lambda: _sample(run), lambda told: told)
-        _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
+    if checks[-1].ok:
+        found = _do(checks, "restore", lambda: _restore(run, short), lambda one: f"step {one.step}")
+        if distributed.is_first() and found is not None:
+            _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
+            _do(checks, "sample", lambda: _sample(run), lambda told: told)
+        if distributed.is_first():
+            _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
     distributed.barrier("the rehearsal is over")  # a host that is done would wait for this one for five minutes alone
     compared = _compare(config, run, summary) if summary else {}
     seconds = time.monotonic() - begun
@@ -121,6 +124,8 @@ def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callabl
         if not faults.is_memory(error):
             raise
         found, told, ok = None, f"out of memory: {str(error).strip().splitlines()[0][:300]}", False
+    if not ok and distributed.count() > 1:  # the others are waiting in it: this ends them too, with the reason
+        raise RunError(f"{name}: {told}")
     checks.append(Check(name, ok, round(time.monotonic() - begun, 1), told))
     return found
 
@@ -130,6 +135,20 @@ def _trained(summary: Mapping[str, Any]) -> str:
     if skipped:
         raise RunError(f"{skipped} of {summary['steps']} updates had a loss or gradient that is no number")
     return f"{summary['steps']} updates, loss {summary.get('loss', float('nan')):.4f}"
+
+
+def _restore(run: runs.RunFolder, short: Config) -> adapters.Trained:
+    """As a merge reads it; of several hosts every one takes part, and each has all of it."""
+    if distributed.count() == 1:
+        return adapters.read(run.path)
+    checkpoints = checkpoint.Checkpoints(checkpoint.folder_of(run.path, short.checkpoint.folder))
+    try:
+        record = checkpoints.record(checkpoints.latest)
+        whole = NamedSharding(mesh.build({"data": jax.device_count()}), PartitionSpec())
+        values = checkpoints.restore_trained(checkpoints.latest, dict.fromkeys(record["shapes"], whole))
+        return adapters.Trained(run.path, checkpoints.latest, record, values)
+    finally:
+        checkpoints.close()
 
 
 def _merge_one(found: adapters.Trained, model: str, run: runs.RunFolder) -> str:
@@ -144,8 +163,9 @@ def _merge_one(found: adapters.Trained, model: str, run: runs.RunFolder) -> str:
 def _sample(run: runs.RunFolder) -> str:
     if distributed.count() > 1:
         return "left out on several hosts: `gemma-tpu sample` does it afterwards"
-    settings, mesh = sampler.Settings(max_new_tokens=16), completions.mesh_for(run.path)
-    return repr(" ".join(completions.complete(run.path, ["Hello."], settings, mesh=mesh)[0]["text"].split())[:100])
+    settings, place = sampler.Settings(max_new_tokens=16), completions.mesh_for(run.path)
+    made = completions.complete(run.path, ["Hello."], settings, mesh=place)
+    return repr(" ".join(made[0]["text"].split())[:100])
 
 
 def _room(config: Config, run: runs.RunFolder, short: Config) -> str:
