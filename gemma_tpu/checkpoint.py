@@ -50,11 +50,11 @@ class Checkpoints:
             return ocp.training.Checkpointer(
                 str(self.folder), preservation_policy=keeping, cleanup_tmp_directories=self._keep is not None
             )
-        except ImportError as error:
-            scheme = str(self.folder).partition("://")[0]
-            raise UserError(f"checkpoints in {self.folder} need one more package: "
-                            f"pip install 'gemma_tpu[{_EXTRAS[scheme]}]'") from error  # fmt: skip
         except Exception as error:  # a disk says OSError; each store's client has exceptions of its own
+            scheme = str(self.folder).partition("://")[0]
+            if isinstance(error, ImportError) and scheme in _EXTRAS:
+                raise UserError(f"checkpoints in {self.folder} need one more package: "
+                                f"pip install 'gemma_tpu[{_EXTRAS[scheme]}]'") from error  # fmt: skip
             raise RunError(f"{self.folder} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
     @property
