@@ -6,7 +6,7 @@ of every bit of the state, which does not depend on the mesh: what is restored i
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ ATTEMPTS = 3  # to save one state, with growing pauses: a network comes back, a 
 METRIC = "held_out_loss"
 
 
+_EXTRAS = {"gs": "gcs", "s3": "s3"}  # what a bucket of this kind needs, by its name in pyproject.toml
+
+
 class Checkpoints:
     """The checkpoints of a run; with `keep` for the run that writes them, without for a reader."""
 
     def __init__(self, folder: str | Path, keep: int | None = None, keep_best: int = 0):
-        self.folder = folder if "://" in str(folder) else Path(folder).expanduser().absolute()
+        self.folder = _bucket(str(folder)) if "://" in str(folder) else Path(folder).expanduser().absolute()
         self._keep, self._keep_best = keep, keep_best
         self._saving: tuple[int, Any] | None = None
         self._save_failed = False
@@ -48,6 +51,10 @@ class Checkpoints:
                 str(self.folder), preservation_policy=keeping, cleanup_tmp_directories=self._keep is not None
             )
         except Exception as error:  # a disk says OSError; each store's client has exceptions of its own
+            scheme = str(self.folder).partition("://")[0]
+            if isinstance(error, ImportError) and scheme in _EXTRAS:
+                raise UserError(f"checkpoints in {self.folder} need one more package: "
+                                f"pip install 'gemma_tpu[{_EXTRAS[scheme]}]'") from error  # fmt: skip
             raise RunError(f"{self.folder} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
     @property
@@ -231,6 +238,12 @@ class Checkpoints:
         return self.failure(f"saving the checkpoint of step {step} in {self.folder}", error)
 
 
+def _bucket(url: str) -> str:
+    if url.partition("://")[0] not in _EXTRAS:
+        raise UserError(f"checkpoint.folder {url}: must be a folder, gs://… or s3://…")
+    return url.rstrip("/")
+
+
 def checksum(tree: Any) -> int:
     """Of every bit of every array and its place in it; the same on every mesh, because integers add up exactly."""
     leaves = jax.tree.leaves(tree)
@@ -285,12 +298,21 @@ def open_existing(run_dir: Path) -> Checkpoints:
     return checkpoints
 
 
-def delete_folder(folder: str) -> None:
-    """A folder of checkpoints and all that is in it, on a disk or in a bucket."""
+def delete_all(folder: str, may_go: Callable[[Mapping[str, Any]], bool]) -> None:
+    """The checkpoints in a folder, on a disk or in a bucket, if the record of each may go; nothing else of it. Every
+    host asks, and the first one deletes."""
     there = Checkpoints(folder)
-    place = there._orbax.directory
-    there.close()
-    place.rmtree(missing_ok=True)
+    try:
+        steps, place = there.steps, there._orbax.directory
+        others = [step for step in steps if not may_go(there.record(step))]
+    finally:
+        there.close()
+    if others:
+        raise UserError(f"{folder} holds checkpoints of another run (steps {', '.join(map(str, others))}), which are "
+                        "not to be deleted; move them, or give another checkpoint.folder")  # fmt: skip
+    if distributed.is_first():
+        for step in steps:
+            (place / str(step)).rmtree()
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,9 @@ A host that is lost would leave the others waiting in a collective for ever, so 
 and ends itself, with a message, when one stops.
 """
 
+import atexit
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +24,11 @@ _BEAT = "gemma_tpu/beat/"
 _INTERVAL = 1.0  # seconds between two heartbeats
 _DONE, _FAILED = "done", "failed: "
 
+_AGAIN = ("Run the same command again on all hosts (or on another number of them) to go on from the last good "
+          "checkpoint")  # fmt: skip
+
 _watch: "Watch | None" = None
+_last_word: "LastWord | None" = None
 
 
 def start(section: DistributedConfig) -> None:
@@ -44,7 +50,7 @@ def start(section: DistributedConfig) -> None:
     # It would swallow a SIGTERM that comes before the loop listens for one.
     jax.config.update("jax_enable_preemption_service", False)
     # The runtime's own heartbeat ends a host without a word that helps; ours is to be the first to speak. Only where
-    # host 0 is gone the runtime is faster: it aborts the others at once, and says that another task has died.
+    # host 0 is gone the runtime is faster, and aborts the others at once: what to do then is `LastWord`'s to say.
     silence = int(2 * section.timeout + 30)
     try:
         jax.distributed.initialize(
@@ -59,7 +65,9 @@ def start(section: DistributedConfig) -> None:
         raise RunError(f"the hosts did not find each other at {address or 'the pod’s coordinator'}: "
                        f"{str(error).splitlines()[0]}") from error  # fmt: skip
     if jax.process_count() > 1:
-        global _watch
+        global _watch, _last_word
+        if jax.process_index() > 0:
+            _last_word = LastWord()
         _watch = Watch(_client(), jax.process_index(), jax.process_count(), section.timeout)
         _watch.begin()
 
@@ -220,11 +228,39 @@ class Watch:
         self._client.key_value_set(f"{_BEAT}{self._process}", value, allow_overwrite=True)
 
 
+class LastWord:
+    """A message that is said only if this process ends without having said its own. The runtime aborts a process
+    whose host 0 has gone from a thread that no Python code hears of, so a second one waits for the end of a pipe."""
+
+    WAIT = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+
+    def __init__(self) -> None:
+        told = f"error: this host was ended from outside, or host 0, which holds the run together, is gone. {_AGAIN}"
+        self._other = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self.WAIT, told],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        atexit.register(self.withdraw)
+
+    def withdraw(self) -> None:
+        """This process ends by itself and says why, or has nothing to say."""
+        with self._lock:  # the heartbeat's thread and the main one may both be leaving
+            if self._other.returncode is None:
+                self._other.communicate(b"it ends by itself")
+
+
 def _end(why: str) -> None:
     """End this host at once: the main thread may be waiting in a collective that never comes back."""
-    print(f"error: {why}; this host stops too. Run the same command again on all hosts (or on another number of "
-          "them) to go on from the last good checkpoint", file=sys.stderr, flush=True)  # fmt: skip
-    os._exit(1)
+    print(f"error: {why}; this host stops too. {_AGAIN}", file=sys.stderr, flush=True)
+    _exit(1)
+
+
+def _exit(code: int) -> None:
+    """Without waiting for anybody, so without Python's own end."""
+    if _last_word is not None:
+        _last_word.withdraw()
+    os._exit(code)
 
 
 @contextmanager
@@ -259,4 +295,4 @@ def _leave(error: BaseException) -> None:
         _watch.say_last(_FAILED + first[0])
     finally:
         time.sleep(3 * _INTERVAL)  # host 0 holds the store that the others read the reason from
-        os._exit(code)
+        _exit(code)

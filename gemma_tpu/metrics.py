@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -27,15 +27,40 @@ class Journal:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self._file: TextIO = path.open("a")
+        self._file = Appender(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(finite) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
+
+
+class Appender:
+    """A file that grows while a run goes on. What finds no room on the disk is kept and goes out with what comes
+    next: a full disk stops a run at its checkpoints, after they were tried again, and not at a line of a journal."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._kept, self._said = b"", False
+
+    def write(self, data: bytes) -> None:
+        self._kept += data
+        try:
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) :]
+            self._said = False
+        except OSError as error:
+            if not self._said:
+                say(f"warning: {self._path} cannot be written ({error.strerror}): its lines are kept until it can")
+            self._said = True
+
+    def close(self) -> None:
+        self.write(b"")
+        self._file.close()
+        if self._kept:
+            say(f"warning: {self._path}: the last {len(self._kept):,} bytes could not be written")
 
 
 def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -50,7 +75,7 @@ def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; both say step, loss, tokens/s and the time that is left."""
+    """A bar on a terminal, lines elsewhere; both say the step, what is measured of it and the time that is left."""
 
     def __init__(self, total: int, start: int, every: int, bar: bool):
         self._total, self._start, self._every = total, start, every
@@ -59,7 +84,7 @@ class Progress:
         if bar and sys.stderr.isatty():
             self._bar = _rich_bar()
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total, completed=start, shown="")
+            self._task = self._bar.add_task("train", total=total, completed=start, loss="")
 
     def restart(self) -> None:
         """The time that is left is reckoned from here: compiling is over."""
@@ -67,13 +92,15 @@ class Progress:
 
     def update(self, row: Mapping[str, Any]) -> None:
         step = row["step"]
-        shown = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        loss = f"loss {row['loss']:.4f}"
+        shown = (f"{row['tokens_per_s']:,.0f} tokens/s  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}"
+                 f"{measured(row)}")  # fmt: skip
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.shown = shown
+            self._bar.update(self._task, completed=step, loss=loss)
         elif step % self._every == 0 or step in (self._total, self._start + 1):
             left = (time.monotonic() - self._begun) / (step - self._start) * (self._total - step)
-            say(f"step {step:>5}/{self._total}  {shown}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}"
-                f"{measured(row)}  left {clock(left)}")  # fmt: skip
+            say(f"step {step:>5}/{self._total}  {loss}  {shown}  left {clock(left)}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -91,11 +118,20 @@ def measured(row: Mapping[str, Any]) -> str:
 
 
 def _rich_bar() -> Any:
+    """The bar with what matters most, and a line below it with the rest: one line would be too long for a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+    class Bar(Progress):
+        shown = ""
+
+        def get_renderables(self) -> Iterable[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield Text(self.shown)
+
+    return Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(), console=Console(stderr=True),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ sample; each is timed, and what the planner predicted stands beside what was mea
 checkpoints are not touched: the rehearsal has a folder beside them, which may be deleted.
 """
 
+import gc
 import json
 import shutil
 import time
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_tpu import (
     adapters,
@@ -23,7 +26,9 @@ from gemma_tpu import (
     chips,
     completions,
     distributed,
+    faults,
     loading,
+    mesh,
     metrics,
     patch,
     roofline,
@@ -38,6 +43,7 @@ from gemma_tpu.schema import Config
 from gemma_tpu.shards import open_checkpoint
 
 STEPS = 10
+SUFFIX = "-rehearsal"
 LIMIT_S = 600.0  # what a rehearsal is meant to take at most
 
 
@@ -57,10 +63,10 @@ def config_for(config: Config) -> Config:
         train=replace(config.train, steps=STEPS, epochs=None),
         optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, STEPS // 2)),
         checkpoint=replace(config.checkpoint, every=STEPS, seconds=None, keep=1, keep_best=0,
-                           folder=None if folder is None else f"{folder.rstrip('/')}-rehearsal"),
+                           folder=None if folder is None else f"{folder.rstrip('/')}{SUFFIX}"),
         eval=replace(config.eval, every=None, patience=None),
         log=replace(config.log, trackers=(), every=1),
-        run_dir=f"{config.run_dir.rstrip('/')}-rehearsal",
+        run_dir=f"{config.run_dir.rstrip('/')}{SUFFIX}",
     )  # fmt: skip
 
 
@@ -71,12 +77,15 @@ def rehearse(config: Config, recipe: Callable[[Config], Any]) -> dict[str, Any]:
     _clear(run, short)
     checks: list[Check] = []
     summary = _do(checks, f"load, compile, {STEPS} updates, save", lambda: recipe(short), _trained) or {}
-    if distributed.is_first() and checks[-1].ok:
-        found = _do(checks, "restore", lambda: adapters.read(run.path), lambda one: f"step {one.step}")
-        if found is not None:
+    gc.collect()  # the devices are to hold one model at a time
+    if checks[-1].ok:
+        found = _do(checks, "restore", lambda: _restore(run, short), lambda one: f"step {one.step}")
+        if distributed.is_first() and found is not None:
             _do(checks, "merge of one shard", lambda: _merge_one(found, config.model.path, run), lambda told: told)
-            _do(checks, "sample", lambda: _sample(run), lambda text: f"{' '.join(text.split())[:100]!r}")
-        _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
+            _do(checks, "sample", lambda: _sample(run), lambda told: told)
+        if distributed.is_first():
+            _do(checks, "room for the checkpoints", lambda: _room(config, run, short), lambda told: told)
+    distributed.barrier("the rehearsal is over")  # a host that is done would wait for this one for five minutes alone
     compared = _compare(config, run, summary) if summary else {}
     seconds = time.monotonic() - begun
     ok = all(one.ok for one in checks)
@@ -92,12 +101,16 @@ def _clear(run: runs.RunFolder, short: Config) -> None:
     """An earlier rehearsal goes; anything else of that name stays, and is refused by the run itself."""
     distributed.barrier("before the rehearsal")
     if distributed.is_first() and (run.path / "config.yaml").exists():
-        if not runs.read_config(run.path).run_dir.endswith("-rehearsal"):
+        if not runs.read_config(run.path).run_dir.endswith(SUFFIX):
             raise UserError(f"{run.path} holds a run that is no rehearsal; move it, or give another run_dir")
         shutil.rmtree(run.path)
-    if distributed.is_first() and short.checkpoint.folder is not None:
-        checkpoint.delete_folder(short.checkpoint.folder)
+    if short.checkpoint.folder is not None:
+        checkpoint.delete_all(short.checkpoint.folder, _is_rehearsal)
     distributed.barrier("after an earlier rehearsal has gone")
+
+
+def _is_rehearsal(record: Mapping[str, Any]) -> bool:
+    return record["config"]["run_dir"].endswith(SUFFIX)
 
 
 def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
@@ -107,6 +120,12 @@ def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callabl
         told, ok = tell(found), True
     except (UserError, RunError) as error:
         found, told, ok = None, str(error), False
+    except Exception as error:
+        if not faults.is_memory(error):
+            raise
+        found, told, ok = None, f"out of memory: {str(error).strip().splitlines()[0][:300]}", False
+    if not ok and distributed.count() > 1:  # the others are waiting in it: this ends them too, with the reason
+        raise RunError(f"{name}: {told}")
     checks.append(Check(name, ok, round(time.monotonic() - begun, 1), told))
     return found
 
@@ -118,16 +137,35 @@ def _trained(summary: Mapping[str, Any]) -> str:
     return f"{summary['steps']} updates, loss {summary.get('loss', float('nan')):.4f}"
 
 
+def _restore(run: runs.RunFolder, short: Config) -> adapters.Trained:
+    """As a merge reads it; of several hosts every one takes part, and each has all of it."""
+    if distributed.count() == 1:
+        return adapters.read(run.path)
+    checkpoints = checkpoint.Checkpoints(checkpoint.folder_of(run.path, short.checkpoint.folder))
+    try:
+        record = checkpoints.record(checkpoints.latest)
+        whole = NamedSharding(mesh.build({"data": jax.device_count()}), PartitionSpec())
+        values = checkpoints.restore_trained(checkpoints.latest, dict.fromkeys(record["shapes"], whole))
+        return adapters.Trained(run.path, checkpoints.latest, record, values)
+    finally:
+        checkpoints.close()
+
+
 def _merge_one(found: adapters.Trained, model: str, run: runs.RunFolder) -> str:
     """The smallest shard that the run changes, merged to a file that is deleted again."""
     base = open_checkpoint(model)
     report = patch.try_shard(base, run.path, updates_of(found, loading.architecture(base)))
-    return f"{report.tensors_changed} tensors of it changed, {report.bytes / 2**20:,.1f} MiB"
+    whole, free = (size / 2**30 for size in (base.total_bytes, shutil.disk_usage(run.path).free))
+    return (f"{report.tensors_changed} tensors of it changed, {report.bytes / 2**20:,.1f} MiB; all shards: "
+            f"{whole:,.1f} GiB, {free:,.1f} free" + (": too little, give --out another disk" if whole > free else ""))
 
 
 def _sample(run: runs.RunFolder) -> str:
-    settings = sampler.Settings(max_new_tokens=16)
-    return completions.complete(run.path, ["Hello."], settings)[0]["text"]
+    if distributed.count() > 1:
+        return "left out on several hosts: `gemma-tpu sample` does it afterwards"
+    settings, place = sampler.Settings(max_new_tokens=16), completions.mesh_for(run.path)
+    made = completions.complete(run.path, ["Hello."], settings, mesh=place)
+    return repr(" ".join(made[0]["text"].split())[:100])
 
 
 def _room(config: Config, run: runs.RunFolder, short: Config) -> str:

@@ -9,11 +9,12 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.metrics import Appender, say
 
 
 class Tracker(Protocol):
@@ -32,12 +33,12 @@ def open_trackers(
 
 
 class TensorBoard:
-    """An event file, appended to and flushed at each step; a continued run begins another, as TensorBoard expects."""
+    """An event file that grows with each step; a continued run begins another, as TensorBoard expects."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._file = (folder / name).open("ab")
+        self._file = Appender(folder / name)
         self._write(_text(3, "brain.Event:2"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -56,7 +57,6 @@ class TensorBoard:
         event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + fields
         length = struct.pack("<Q", len(event))
         self._file.write(length + _masked(length) + event + _masked(event))
-        self._file.flush()
 
 
 def _varint(number: int, value: int) -> bytes:
@@ -117,14 +117,24 @@ class _OnlineTracker:
         except Exception as error:
             raise RunError(f"log.trackers: {name} could not start: {' '.join(str(error).split())[:300]}") from error
 
+        self._name, self._works = name, True
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(dict(values), step=step)
+        self._try(lambda: self._module.log(dict(values), step=step))
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._module.log({name: text}, step=step)
+        self._try(lambda: self._module.log({name: text}, step=step))
 
     def close(self) -> None:
-        self._module.finish()
+        self._try(self._module.finish)
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        if self._works:
+            try:
+                call()
+            except Exception as error:  # each service's client has exceptions of its own
+                self._works = False
+                say(f"warning: {self._name} is left out from here on: {' '.join(str(error).split())[:300]}")
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:

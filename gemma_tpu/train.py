@@ -310,11 +310,10 @@ class _Loop:
         return seconds is not None and distributed.is_first() and time.monotonic() - self._saved_at >= seconds
 
     def _save(self, number: int) -> None:
-        begun = time.monotonic()
         self._log.catch_up()  # or a run killed after this save would come back without this step's row
         if number == self._total:
             self._look(number)  # so that the last checkpoint knows its held-out loss, and can be the best
-        self._saved_at = time.monotonic()
+        begun = self._saved_at = time.monotonic()  # the devices have nothing to do from here to the next step
         try:
             self._checkpoints.save(number, *self._state(number))
         except RunError as failure:
@@ -324,11 +323,8 @@ class _Loop:
 
     def _save_again(self, number: int, failure: RunError) -> None:
         """A save has failed, this one or the one before: the state as it is now is saved, or the run ends."""
-        try:
-            self._log.catch_up()
-            self._log.warn(faults.Notice(number, "save", str(failure).splitlines()[0], {}))
-        except OSError as error:  # the same full disk; the checkpoint matters more than its journal
-            say(f"warning: {error}")
+        self._log.catch_up()
+        self._log.warn(faults.Notice(number, "save", str(failure).splitlines()[0], {}))
         self._checkpoints.save_now(number, *self._state(number))
 
     def _save_last(self, number: int) -> None:

@@ -41,6 +41,8 @@ class Hosts:
         for process in self.running:
             process.kill()
             process.wait()
+            process.stdout.close()  # of one that a test killed, nobody has read them
+            process.stderr.close()
 
     def wait(self, timeout: float = 240) -> list[tuple[int, str]]:
         """(exit code, stderr) of each."""

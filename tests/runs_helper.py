@@ -77,7 +77,8 @@ def command(*args: str | Path) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """Without the fake devices of this process: a subprocess asks for its own by mesh.cpu_devices."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return kept | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | more
 
 
 def one_device(file: Path, *overrides: str) -> list[str]:

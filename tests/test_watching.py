@@ -4,15 +4,18 @@ import json
 import math
 import shutil
 import struct
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs_helper import STEPS, first_rows, rows, run_config, saved, train
 
 from gemma_tpu import cli, metrics, trackers
 from gemma_tpu.checkpoint import Checkpoints, checksum
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.meter import Meter, Rates
+from gemma_tpu.logbook import Logbook
+from gemma_tpu.meter import Compilations, Meter, Rates
 
 # --- TensorBoard --------------------------------------------------------------------------------------------
 
@@ -97,6 +100,74 @@ def test_a_tracker_that_is_not_installed_is_said(tmp_path):
         trackers.open_trackers(tmp_path, False, ["trackio"], "p", "r", {})
 
 
+class Service:
+    """W&B's four calls, which Trackio shares."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished, self.broken = {}, [], 0, False
+
+    def init(self, **about):
+        self.begun = about
+
+    def log(self, values, step):
+        if self.broken:
+            raise ConnectionError("the service is\naway")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_tracker_has_the_figures_and_one_that_fails_costs_its_own_curve_alone(tmp_path, monkeypatch, capsys):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    one, = trackers.open_trackers(tmp_path, False, ["trackio"], "project", "run", {"seed": 1})
+    assert service.begun == {"project": "project", "name": "run", "config": {"seed": 1}, "resume": "allow"}
+    one.scalars(1, {"train/loss": 2.0})
+    one.text(1, "sample/x", "text")
+    assert service.logged == [(1, {"train/loss": 2.0}), (1, {"sample/x": "text"})]
+    service.broken = True
+    one.scalars(2, {"train/loss": 1.0})
+    one.scalars(3, {"train/loss": 1.0})
+    one.close()
+    assert capsys.readouterr().err == "warning: trackio is left out from here on: the service is away\n"
+    assert len(service.logged) == 2 and service.finished == 0
+
+
+def test_lines_that_find_no_room_are_kept_and_written_when_there_is_some(tmp_path, capsys):
+    class Disk:
+        full = False
+
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return self._file.write(data[:5])  # as much as there is room for
+
+        def close(self):
+            self._file.close()
+
+    path = tmp_path / "metrics.jsonl"
+    journal = metrics.Journal(path, 0)
+    disk = journal._file._file = Disk(journal._file._file)
+    journal.write({"step": 1})
+    disk.full = True
+    journal.write({"step": 2})
+    journal.write({"step": 3})
+    assert [row["step"] for row in metrics.read(path)] == [1]
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "metrics.jsonl cannot be written (No space left on device)" in said
+    disk.full = False
+    journal.write({"step": 4})
+    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
+    disk.full = True
+    journal.write({"step": 5})
+    journal.close()
+    assert "the last 12 bytes could not be written" in capsys.readouterr().err
+
+
 # --- the meter ----------------------------------------------------------------------------------------------
 
 
@@ -116,6 +187,33 @@ def test_what_is_not_known_of_these_devices_is_left_out():
     found = Meter(Rates()).measure(10, 20, 0.0)
     assert not {"mfu", "usd", "memory_gib"} & found.keys() and found["host_gib"] > 0.01
     assert metrics.measured({"padding": 0.25, "usd": 1.5}) == "  padding 25%  $1.50"
+
+
+def test_what_compiles_while_a_run_goes_on_is_counted_and_explained(capsys):
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def train_step(x):
+        return x * 3 + 1
+
+    log = Logbook.__new__(Logbook)  # its sense for compilations alone
+    log._compilations, log._journals, log.recompiled = Compilations(), {}, 0
+    try:
+        train_step(jnp.ones(3))
+        log._compilations.start()
+        log._explain_compilations(6)
+        assert log.recompiled == 0, "before the first step everything may compile"
+        x = np.ones(4, np.float32)
+        train_step(x)
+        log._explain_compilations(7)
+        train_step(x)
+        log._explain_compilations(8)
+    finally:
+        log._compilations.stop()
+    said = capsys.readouterr().err
+    assert log.recompiled == 1 and said.count("warning") == 1
+    assert "train_step) was compiled at step 7 in" in said and "a batch of another shape" in said
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------
