@@ -52,7 +52,7 @@ def merge(
         if onto != "original":
             raise UserError(f"--onto {onto} is about runs on a quantised base; leave it out")
         where, updates, about = _foreign(checkpoint, layout, base, out, rank, alpha)
-        target, overwrite, what = out, bool(overwrite), f"{checkpoint}"
+        target, overwrite, what = out, bool(overwrite), restore_url(checkpoint)
     else:
         if run_dir is None:
             raise UserError("give a run folder, or a checkpoint with its layout")

@@ -20,9 +20,8 @@ import pytest
 
 CLIENTS = Path(os.environ.get("GEMMA_TPU_CLIENTS", Path(__file__).parent.parent / ".client-envs"))
 STARTING, ANSWERING = 420, 120  # seconds; a minute and a second on two idle cores
-# The towers stay out: they would want the image processor's files, which a tiny checkpoint has not.
 OPTIONS = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager",
-           "--language-model-only", "--host", "127.0.0.1")  # fmt: skip
+           "--host", "127.0.0.1")  # fmt: skip
 QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 

@@ -26,6 +26,9 @@ NEAR, FAR = 1e-3, 0.1  # of log-probabilities: the bound, and what the adapter m
 NEW = 6
 ASKED = ("Write a Verilog module for a 2-bit counter.", "What is an AND gate?", "module top(input a, output y);")
 CHOICES = [" a", " the", " module", " output"]
+# How the text is served without the towers. Gemma 4's multimodal class imports torchvision, which exists for CPUs
+# nowhere on PyPI; its text class reads the same folder and the same adapter.
+TEXT = {"gemma4": ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}'), "gemma3": ("--language-model-only",)}
 # What this vLLM cannot do on a CPU: (architecture, what) -> a part of what it says itself.
 UNSERVED: dict[tuple[str, str], str] = {}
 
@@ -69,7 +72,7 @@ def served(case: Case, what: str, *options: str):
     folder = case.folder("merged" if what == "merged" else "base")
     known = UNSERVED.get((case.name, what))
     try:
-        with Server(folder, case.root / f"{what}.log", options) as server:
+        with Server(folder, case.root / f"{what}.log", (*TEXT[case.name[:6]], *options)) as server:
             assert known is None, f"vLLM serves the {what} of {case.name} now: take it out of UNSERVED"
             yield server
     except NotServed as error:

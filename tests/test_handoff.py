@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -43,6 +44,20 @@ def test_a_step_or_its_parameters_may_be_named_too_by_the_command(inner, tmp_pat
     found = cli.main(["merge", f"--checkpoint={TUNIX / 'checkpoints' / inner}", *arguments,
                       f"--out={tmp_path / 'out'}", "--json"])  # fmt: skip
     assert found == 0 and json.loads(capsys.readouterr().out)["tensors_changed"] == 26
+
+
+def test_a_tunix_checkpoint_in_a_bucket_merges_to_the_same_bytes(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for name, data in files(TUNIX / "checkpoints").items():
+        memory.pipe_file(f"/tunix/run/{name}", data)
+    try:
+        gemma_tpu.merge(**GIVEN, out=tmp_path / "here")
+        gemma_tpu.merge(**GIVEN | {"checkpoint": Path("memory://tunix/run")}, out=tmp_path / "there")
+        assert files(tmp_path / "there") == files(tmp_path / "here")
+        with pytest.raises(UserError, match="there is nothing of that name|neither steps with model_params"):
+            gemma_tpu.merge(**GIVEN | {"checkpoint": "memory://tunix/nowhere"}, out=tmp_path / "none")
+    finally:
+        memory.rm("/tunix", recursive=True)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -168,6 +183,22 @@ def test_mixed_ranks_and_scales_survive_either_form(mixed, native, base32, tmp_p
         np.testing.assert_allclose(delta(found[name]), delta(part), rtol=1e-5, atol=1e-6)
         assert found[name].a.shape[0] == (part.a.shape[0] if native else 5)
     assert native == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
+
+
+def test_the_portable_form_is_what_llama_cpps_converter_reads_and_computes(mixed, tmp_path):
+    """It reads lora_alpha alone, and the scale is that over B's columns; any other name than lora_A and lora_B is an
+    error to it, and so are halves."""
+    config = peft_folder.write(tmp_path / "out", mixed, base="x")
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in held.items():
+        found = re.fullmatch(r"base_model\.model\.(model\.language_model\.layers\.\d+\..+)\.lora_([AB])\.weight", name)
+        assert found and value.ndim == 2 and value.dtype == np.float32
+        pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = value
+    assert pairs.keys() == mixed.keys()
+    for name, pair in pairs.items():
+        computed = config["lora_alpha"] / pair["B"].shape[1] * (pair["B"].astype(np.float64) @ pair["A"])
+        np.testing.assert_allclose(computed, delta(mixed[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_magnitude_has_a_native_form_alone(mixed, base32, tmp_path):
