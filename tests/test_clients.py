@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from serving_helper import CLIENTS
 
 from gemma_tpu import lora, merging, peft_folder
+from gemma_tpu.loading import architecture
 from gemma_tpu.patch import write_patched
 from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.updates import LowRank
@@ -78,15 +79,18 @@ def peft_logits(folder, adapter, tokens):
         return model(torch.tensor(tokens)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["portable", "native"])
-def test_peft_loads_the_adapter_folder_and_computes_what_we_compute(case, native, tmp_path):
+@pytest.mark.parametrize("form", ["portable", "native", "vllm"])
+def test_peft_loads_the_adapter_folder_and_computes_what_we_compute(case, form, tmp_path):
     folder, updates, tokens, base, adapted = case
-    peft_folder.write(tmp_path / "adapter", updates, base=str(folder), native=native)
+    arch = architecture(open_checkpoint(folder))
+    how = {"native": form == "native", "v_from": peft_folder.without_v(updates, arch) if form == "vllm" else ()}
+    peft_folder.write(tmp_path / "adapter", updates, base=str(folder), **how)
     found = peft_logits(folder, tmp_path / "adapter", tokens)
     assert near(found, adapted) and not near(found, base)
     zeroed = {name: LowRank(0 * part.b, part.a, part.scale) for name, part in updates.items()}
-    peft_folder.write(tmp_path / "zeroed", zeroed, base=str(folder), native=native)
-    assert near(peft_logits(folder, tmp_path / "zeroed", tokens), base)
+    peft_folder.write(tmp_path / "zeroed", zeroed, base=str(folder), **how)
+    found = peft_logits(folder, tmp_path / "zeroed", tokens)
+    assert near(found, base) and not near(found, adapted), "a zeroed adapter would pass"
 
 
 def test_mixed_ranks_and_scales_are_in_peft_what_they_are_merged(case, tmp_path):

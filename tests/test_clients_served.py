@@ -63,7 +63,8 @@ def case(request, tmp_path_factory):
     write_patched(open_checkpoint(folder), root / "merged", updates)
     zeros = {name: LowRank(0 * part.b, part.a, part.scale) for name, part in updates.items()}
     for name, parts in (("adapter", updates), ("zeroed", zeros)):
-        peft_folder.write(root / name, parts, base=str(folder), depth=len(model.arch.layers))
+        peft_folder.write(root / name, parts, base=str(folder), depth=len(model.arch.layers),
+                          v_from=peft_folder.without_v(parts, model.arch))  # fmt: skip
     return Case(request.param, root, helpers.reference(folder), helpers.reference(root / "merged"))
 
 

@@ -225,6 +225,33 @@ def test_the_command_exports_and_a_taken_folder_stays(whole_run, tmp_path, capsy
     assert cli.main(command) == 2 and "exists and is not empty" in capsys.readouterr().err
 
 
+def test_for_vllm_v_has_ks_pair_where_v_is_k_and_all_else_stays(whole_run, exported, base32, tmp_path, capsys):
+    command = ["adapter", str(whole_run), "--out", str(tmp_path / "out"), "--json"]
+    assert cli.main([*command, "--for", "vllm"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["form"] == "vllm" and "V is K" not in told.err
+    held, portable = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", exported))
+    added = held.keys() - portable.keys()
+    stems = {f"base_model.model.model.language_model.layers.{layer}.self_attn.v_proj.lora_{side}.weight"
+             for layer in (1, 3) for side in "AB"}  # fmt: skip
+    assert added == stems and not portable.keys() - held.keys()
+    for name in added:
+        np.testing.assert_array_equal(held[name], held[name.replace("v_proj", "k_proj")])
+    one, other = read(tmp_path / "out", base32).parts, read(exported, base32).parts
+    assert one.keys() == other.keys() and all(np.array_equal(one[name].b, other[name].b) for name in one)
+    held[min(added)] = held[min(added)] + 1
+    save_file(held, tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="v_proj.lora_A.weight: no weight of the base's text tower takes it"):
+        read(tmp_path / "out", base32)
+
+
+def test_an_export_that_vllm_would_half_apply_says_so_and_two_forms_are_one_too_many(whole_run, tmp_path, capsys):
+    assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "out")]) == 0
+    assert "in 2 layers V is K" in capsys.readouterr().err
+    assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "x"), "--native", "--for", "vllm"]) == 2
+    assert "two forms: choose one" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_a_full_run_has_no_adapter(whole_run, tmp_path, monkeypatch):
     trained = adapters.read(whole_run)
     full = dataclasses.replace(trained, record=trained.record | {"method": "full"})
