@@ -48,7 +48,7 @@ test-slow: .venv/.dev ## the tests that take minutes
 
 CLIENTS := .client-envs
 test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)
-	$(BIN)/pytest -m slow tests/test_clients.py tests/test_clients_served.py $(ARGS)
+	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_clients.py tests/test_clients_served.py $(ARGS)
 
 # Stamps again. The first two are read beside the packages of .venv, and before them.
 $(CLIENTS)/.transformers-5.5:

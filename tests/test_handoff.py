@@ -370,6 +370,17 @@ def test_the_card_has_recipe_counts_figures_and_licence(whole_merged):
     assert "/tmp" not in text, "where something lay on a disk is nobody's business"
 
 
+def test_no_place_on_a_disk_stands_in_the_card_and_no_config_is_changed_for_it(base32):
+    config = {"data": {"path": ["/home/me/rows.jsonl", "gs://b/rows.jsonl"], "cache": "/home/me/cache", "limit": 3},
+              "train": {"compile_cache": "/home/me/xla", "seed": 1}, "lora": {"init_from": "/home/me/adapter"},
+              "distributed": {"coordinator": "10.0.0.1"}, "run_dir": "/home/me/run"}  # fmt: skip
+    before = json.dumps(config)
+    text = card.files(open_checkpoint(base32), {"base": "x", "method": "lora", "config": config}, 3)[card.CARD].decode()
+    assert "/home" not in text and "10.0.0.1" not in text and json.dumps(config) == before
+    for words in ("rows.jsonl", "gs://b/rows.jsonl", "init_from: adapter", "seed: 1", "limit: 3"):
+        assert words in text
+
+
 def test_a_base_under_the_gemma_terms_brings_their_notice(base32, tmp_path):
     shutil.copytree(base32, tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: gemma\n---\n# x\n")
