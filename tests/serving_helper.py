@@ -98,6 +98,15 @@ class Server:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path}: {error.code} {error.read().decode()[:2000]}") from None
 
+    def ask_once(self) -> None:
+        """Some engines start well and end at the first request."""
+        try:
+            self.completion([2, 107], 1)
+        except AssertionError as error:
+            self.process.terminate()
+            self.process.wait(60)
+            raise NotServed(f"{error}\n{self.log.read_text(errors='replace')}") from None
+
     def completion(self, tokens: list[int], new: int, model: str = "model") -> tuple[list[int], np.ndarray]:
         """(prompt and greedy continuation, the log-probability of each of them but the first)"""
         found = self.post("/v1/completions", model=model, prompt=tokens, max_tokens=new, temperature=0, logprobs=1,

@@ -247,7 +247,7 @@ def test_for_vllm_v_has_ks_pair_where_v_is_k_and_all_else_stays(whole_run, expor
 
 def test_an_export_that_vllm_would_half_apply_says_so_and_two_forms_are_one_too_many(whole_run, tmp_path, capsys):
     assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "out")]) == 0
-    assert "in 2 layers V is K" in capsys.readouterr().err
+    assert "V is K in 2 of 4 layers" in capsys.readouterr().err
     assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "x"), "--native", "--for", "vllm"]) == 2
     assert "two forms: choose one" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
