@@ -112,8 +112,8 @@ def export_adapter(
     if config["target_parameters"]:
         say("note: adapters on experts are read by PEFT; vLLM and llama.cpp want the merged weights")
     elif both and not reader:
-        say(f"note: V is K in {len(both)} of {len(arch.layers)} layers. PEFT and llama.cpp know that; vLLM would leave V as "
-            "it was there: for vLLM export with --for vllm, or merge")  # fmt: skip
+        say(f"note: V is K in {len(both)} of {len(arch.layers)} layers. PEFT and llama.cpp know that; vLLM would leave "
+            "V there as it was: for vLLM export with --for vllm, or merge")  # fmt: skip
     return {"out": str(out), "step": trained.step, "modules": len(updates), "rank": config["r"],
             "alpha": config["lora_alpha"], "form": "native" if native else reader or "portable"}  # fmt: skip
 
