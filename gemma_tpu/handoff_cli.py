@@ -26,7 +26,7 @@ def adapter(args: argparse.Namespace) -> tuple[Result, int]:
     run = run_folder(args.run_dir)
     from gemma_tpu.merging import export_adapter
 
-    return export_adapter(run, out=args.out, base=args.base, step=args.step, native=args.native,
+    return export_adapter(run, out=args.out, base=args.base, step=args.step, native=args.native, reader=args.reader,
                           overwrite=args.overwrite), 0  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     one.add_argument("--out", type=Path, required=True, help="folder to write")
     one.add_argument("--native", action="store_true",
                      help="as it was trained, by flags that PEFT reads and others may ignore")  # fmt: skip
+    one.add_argument("--for", dest="reader", choices=("vllm",),
+                     help="the form for one reader: vLLM wants K's adapter again as V's where V is K")  # fmt: skip
     one.add_argument("--overwrite", action="store_true", help="let --out be a folder that exists")
 
 

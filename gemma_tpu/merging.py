@@ -25,6 +25,7 @@ from gemma_tpu.updates import LowRank, Replace, Update
 from gemma_tpu.variants import Architecture
 
 LAYOUTS = ("tunix", "peft")
+READERS = ("vllm",)  # that want an adapter folder of their own
 Onto = Literal["original", "dequantised"]
 
 
@@ -52,7 +53,7 @@ def merge(
         if onto != "original":
             raise UserError(f"--onto {onto} is about runs on a quantised base; leave it out")
         where, updates, about = _foreign(checkpoint, layout, base, out, rank, alpha)
-        target, overwrite, what = out, bool(overwrite), f"{checkpoint}"
+        target, overwrite, what = out, bool(overwrite), restore_url(checkpoint)
     else:
         if run_dir is None:
             raise UserError("give a run folder, or a checkpoint with its layout")
@@ -88,23 +89,33 @@ def open_base(trained: Trained, base: str | Path | None) -> Checkpoint:
 
 def export_adapter(
     run_dir: str | Path, *, out: str | Path, base: str | Path | None = None, step: int | None = None,
-    native: bool = False, overwrite: bool = False,
+    native: bool = False, reader: str | None = None, overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """A run's adapter as a PEFT folder, in the portable form unless `native`."""
+    """A run's adapter as a PEFT folder, in the portable form unless `native`, or in that for one `reader`: "vllm"."""
+    if reader not in (None, *READERS):
+        raise UserError(f"--for {reader}: must be {' or '.join(READERS)}")
+    if native and reader:
+        raise UserError(f"--native and --for {reader} are two forms: choose one")
     trained = adapters.read(run_dir, step)
     if not trained.is_lora:
         raise UserError(f"{run_dir} has trained every weight: there is no adapter to export; merge it")
     checkpoint = open_base(trained, base)
     arch = loading.architecture(checkpoint)
     updates = updates_of(trained, arch)
+    if reader and any(name.endswith(weights.EXPERTS) for name in updates):
+        raise UserError(f"{run_dir} has adapters on experts, which {reader} does not take: merge them")
+    both = peft_folder.without_v(updates, arch)
     named = card.name_of(trained.record["base"]["folder"])
     config = peft_folder.write(Path(out), updates, base=named, native=native, overwrite=overwrite,
-                               depth=len(arch.layers))  # fmt: skip
+                               depth=len(arch.layers), v_from=both if reader else ())  # fmt: skip
     say(f"wrote {out}: {len(updates)} modules of step {trained.step}, rank {config['r']}, alpha {config['lora_alpha']}")
     if config["target_parameters"]:
         say("note: adapters on experts are read by PEFT; vLLM and llama.cpp want the merged weights")
+    elif both and not reader:
+        say(f"note: V is K in {len(both)} of {len(arch.layers)} layers. PEFT and llama.cpp know that; vLLM would leave "
+            "V there as it was: for vLLM export with --for vllm, or merge")  # fmt: skip
     return {"out": str(out), "step": trained.step, "modules": len(updates), "rank": config["r"],
-            "alpha": config["lora_alpha"], "form": "native" if native else "portable"}  # fmt: skip
+            "alpha": config["lora_alpha"], "form": "native" if native else reader or "portable"}  # fmt: skip
 
 
 def updates_of(trained: Trained, arch: Architecture, onto: Onto = "original") -> dict[str, Update]:

@@ -2,12 +2,13 @@
 
 The portable form is what every reader understands: one rank for all (smaller ones padded with zeros, which change
 nothing), one scale (another is folded into B), no flags that some readers ignore. The native form keeps what was
-trained, rank and alpha of each module by PEFT's own patterns.
+trained, rank and alpha of each module by PEFT's own patterns. The form for vLLM is the portable one, with K's pair a
+second time as V's where V is K: vLLM holds such a layer's K and V as two, and would leave V as it was in the base.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from gemma_tpu.weights import EXPERTS, lora_entries, to_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = r"(.+)\.(?:lora_(A|B)(?:\.\w+)?\.weight|lora_(magnitude)_vector(?:\.\w+)?(?:\.weight)?)"
+_K, _V = ".self_attn.k_proj", ".self_attn.v_proj"
 Pairs = Mapping[str, LowRank]  # by the checkpoint's tensor name
 
 # --- out ---
 
 
 def write(out: Path, adapter: Pairs, *, base: str, native: bool = False, overwrite: bool = False,
-          depth: int | None = None, extra: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+          depth: int | None = None, extra: Mapping[str, bytes] | None = None,
+          v_from: Collection[str] = ()) -> dict[str, Any]:  # fmt: skip
     """Writes the folder, whole or not at all; returns its adapter_config.json. `depth`: the base's layers, of which
-    some may have no adapter."""
+    some may have no adapter. `v_from`: K's tensors whose pairs are written as V's too."""
     from safetensors.numpy import save
 
     if any(part.magnitude is not None for part in adapter.values()) and not native:
@@ -40,7 +43,8 @@ def write(out: Path, adapter: Pairs, *, base: str, native: bool = False, overwri
                         "export it in its native form, or merge it")
     shaped, config = _native(adapter) if native else _portable(adapter)
     config = _config(shaped, base, depth) | config
-    tensors = to_peft({name: (part.a, part.b) for name, part in shaped.items()})
+    twice = {name.replace(_K, _V): shaped[name] for name in v_from}
+    tensors = to_peft({name: (part.a, part.b) for name, part in (shaped | twice).items()})
     tensors |= {f"base_model.model.{_module(name)}.lora_magnitude_vector": part.magnitude
                 for name, part in shaped.items() if part.magnitude is not None}  # fmt: skip
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
@@ -155,6 +159,8 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     for name, value in tensors.items():
         found = re.fullmatch(_TENSOR, name)
         place = places.get(_suffix(found[1])) if found else None
+        if place is None and _is_copy_of_k(name, tensors):
+            continue  # the form for vLLM; V is K, which has its own pair
         if place is None:
             problems.append(f"{name}: no weight of the base's text tower takes it")
         else:
@@ -179,6 +185,17 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     if not parts:
         raise UserError(f"{folder / WEIGHTS} holds no adapter tensors")
     return Adapter(folder, config, parts)
+
+
+def _is_copy_of_k(name: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    of_k = tensors.get(name.replace(_V, _K)) if _V in name else None
+    return of_k is not None and np.array_equal(of_k, tensors[name])
+
+
+def without_v(adapter: Pairs, arch: Architecture) -> list[str]:
+    """K's tensors in layers whose V is K, and so has no tensor of its own."""
+    numbers = {number for number, layer in enumerate(arch.layers) if layer.k_eq_v}
+    return [name for name in adapter if _K in name and int(name.rpartition(".layers.")[2].partition(".")[0]) in numbers]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -5,12 +5,17 @@ of the einsum spelled out. K and V share one A, and B of a kv_einsum is [rank, 2
 """
 
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.metrics import say
+from gemma_tpu.remote import BucketSource, restore_url
 from gemma_tpu.shards import Checkpoint
 from gemma_tpu.updates import LowRank
 from gemma_tpu.variants import Architecture
@@ -30,11 +35,15 @@ _NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(?:w|kernel)_lora_([ab])")
 
 def read(place: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """(the adapter's tensors by Tunix's names, the names of what else is there) of a folder of steps, of one step,
-    or of its model_params."""
+    or of its model_params, here or in a bucket."""
+    with _here(place) as folder:
+        return _read(folder, restore_url(place))
+
+
+def _read(folder: Path, place: str) -> tuple[dict[str, np.ndarray], list[str]]:
     import jax
     import orbax.checkpoint as ocp
 
-    folder = _params(Path(place))
     try:
         handler = ocp.PyTreeCheckpointHandler()
         leaves = jax.tree_util.tree_flatten_with_path(handler.metadata(folder).tree)[0]
@@ -45,7 +54,7 @@ def read(place: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         found = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     except Exception as error:  # Orbax and TensorStore raise what they please
-        raise RunError(f"{folder}: this checkpoint cannot be read: {str(error).splitlines()[0][:300]}") from error
+        raise RunError(f"{place}: this checkpoint cannot be read: {str(error).splitlines()[0][:300]}") from error
     flat = jax.tree_util.tree_flatten_with_path(found)[0]
     return {_name(path): np.asarray(leaf) for path, leaf in flat if path in wanted}, others
 
@@ -85,15 +94,40 @@ def _split(parts: Mapping[str, np.ndarray], count: int, scale: float) -> list[Lo
     return [LowRank(np.ascontiguousarray(b_RCO[:, number].T), a_RI, scale) for number in range(count)]
 
 
-def _params(place: Path) -> Path:
-    if not place.is_dir():
-        raise UserError(f"{place}: no such folder; give the checkpoints of a Tunix run, or one step of them")
-    steps = [path for path in place.iterdir() if path.name.isdigit() and (path / ITEM).is_dir()]
-    folder = max(steps, key=lambda path: int(path.name)) if steps else place
-    folder = folder / ITEM if (folder / ITEM).is_dir() else folder
-    if not any((folder / name).exists() for name in ("_METADATA", "manifest.ocdbt")):
+@contextmanager
+def _here(place: str | Path) -> Iterator[Path]:
+    """The folder with the latest step's parameters; those of a bucket are copied for as long as they are read."""
+    url = restore_url(place)
+    if "://" not in url:
+        folder = Path(url).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{place}: no such folder; give the checkpoints of a Tunix run, or one step of them")
+        yield (folder / _params(url, [path.relative_to(folder).as_posix() for path in folder.rglob("*")])).absolute()
+        return
+    bucket = BucketSource(url)
+    files = bucket.list(recursive=True)
+    inside = _params(url, list(files))
+    wanted = {name: file.size for name, file in files.items() if name.startswith(inside)}
+    with tempfile.TemporaryDirectory() as scratch:
+        size, free = sum(wanted.values()), shutil.disk_usage(scratch).free
+        if size > free:
+            raise UserError(f"{url}: copying its {size / 2**20:,.0f} MiB to {scratch} takes more than the "
+                            f"{free / 2**20:,.0f} MiB that are free there; set TMPDIR to another disk")  # fmt: skip
+        say(f"copying {len(wanted)} files of {url}, {size / 2**20:,.1f} MiB")
+        for name, bytes_ in wanted.items():
+            target = Path(scratch) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(bucket.read(name, 0, bytes_) if bytes_ else b"")
+        yield Path(scratch) / inside
+
+
+def _params(place: str, names: list[str]) -> str:
+    """Where the parameters of the latest step begin, "" or "12/model_params/", in a list of what lies there."""
+    found = re.compile(rf"((\d+)/{ITEM}/|{ITEM}/|)(?:_METADATA|manifest\.ocdbt)")
+    trees = [match for name in names if (match := found.fullmatch(name))]
+    if not trees:
         raise UserError(f"{place}: neither steps with {ITEM}/ nor an Orbax tree")
-    return folder.absolute()
+    return max(trees, key=lambda match: (int(match[2] or -1), len(match[1])))[1]
 
 
 def _name(path: tuple) -> str:

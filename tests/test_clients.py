@@ -14,15 +14,17 @@ import arch_helper
 import helpers
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from serving_helper import CLIENTS
 
 from gemma_tpu import lora, merging, peft_folder
+from gemma_tpu.loading import architecture
 from gemma_tpu.patch import write_patched
 from gemma_tpu.shards import open_checkpoint
 from gemma_tpu.updates import LowRank
 
 pytestmark = pytest.mark.slow
 NAMES = ("gemma4-e2b", "gemma4-26b-a4b", "gemma4-31b", "gemma3-4b")
-OLDER = Path(os.environ.get("GEMMA_TPU_CLIENTS", Path(__file__).parent.parent / ".client-envs"))
 EFFECT, NEAR = 0.3, 1e-4  # of logits: what the adapter moves at least; what two programs may differ by, x max |logit|
 
 # In a process of its own: another transformers than the one of these tests.
@@ -36,6 +38,13 @@ with torch.no_grad():
     np.save(sys.argv[3], model(tokens).logits.float().numpy())
     new = model.generate(tokens, do_sample=False, max_new_tokens=4, eos_token_id=None)
 print(transformers.__version__, new.shape[1] - tokens.shape[1])
+"""
+# llama.cpp's own table of tensor names, asked as its convert_lora_to_gguf.py asks it.
+GGUF_NAMES = """
+import json, sys
+from gguf import MODEL_ARCH, get_tensor_name_map
+table = get_tensor_name_map(getattr(MODEL_ARCH, sys.argv[1]), int(sys.argv[2]))
+print(json.dumps([table.get_name(name, try_suffixes=(".weight",)) for name in json.load(sys.stdin)]))
 """
 
 
@@ -70,15 +79,18 @@ def peft_logits(folder, adapter, tokens):
         return model(torch.tensor(tokens)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["portable", "native"])
-def test_peft_loads_the_adapter_folder_and_computes_what_we_compute(case, native, tmp_path):
+@pytest.mark.parametrize("form", ["portable", "native", "vllm"])
+def test_peft_loads_the_adapter_folder_and_computes_what_we_compute(case, form, tmp_path):
     folder, updates, tokens, base, adapted = case
-    peft_folder.write(tmp_path / "adapter", updates, base=str(folder), native=native)
+    arch = architecture(open_checkpoint(folder))
+    how = {"native": form == "native", "v_from": peft_folder.without_v(updates, arch) if form == "vllm" else ()}
+    peft_folder.write(tmp_path / "adapter", updates, base=str(folder), **how)
     found = peft_logits(folder, tmp_path / "adapter", tokens)
     assert near(found, adapted) and not near(found, base)
     zeroed = {name: LowRank(0 * part.b, part.a, part.scale) for name, part in updates.items()}
-    peft_folder.write(tmp_path / "zeroed", zeroed, base=str(folder), native=native)
-    assert near(peft_logits(folder, tmp_path / "zeroed", tokens), base)
+    peft_folder.write(tmp_path / "zeroed", zeroed, base=str(folder), **how)
+    found = peft_logits(folder, tmp_path / "zeroed", tokens)
+    assert near(found, base) and not near(found, adapted), "a zeroed adapter would pass"
 
 
 def test_mixed_ranks_and_scales_are_in_peft_what_they_are_merged(case, tmp_path):
@@ -123,6 +135,26 @@ def test_what_peft_itself_saves_comes_back_as_it_is(case, tmp_path):
     assert near(helpers.logits(fresh, tokens), wanted)
 
 
+def test_llama_cpp_has_a_tensor_for_every_name_of_the_adapter_folder(case, tmp_path):
+    """Its converter strips base_model.model. and language_model., and gives up at a name that it has no tensor for."""
+    folder, updates, *_ = case
+    peft_folder.write(tmp_path / "adapter", updates, base=str(folder))
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    bases = {name.replace("base_model.model.", "").replace(f".lora_{side}.weight", ".weight"): name
+             for name in held for side in "AB" if f".lora_{side}.weight" in name}  # fmt: skip
+    asked = [name.replace("model.language_model.", "model.", 1) for name in bases]
+    kind, path = "GEMMA3" if "gemma3" in folder.name else "GEMMA4", CLIENTS / "gguf"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: make test-clients")
+    done = subprocess.run([sys.executable, "-c", GGUF_NAMES, kind, "64"], input=json.dumps(asked), text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(asked, json.loads(done.stdout), strict=True))
+    assert len(found) == len(updates) == len(held) / 2
+    assert not [name for name, tensor in found.items() if tensor is None]
+    assert len(set(found.values())) == len(found), "two of ours in one of theirs"
+
+
 def ask(folder, tokens, out, path: Path | None):
     environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
     done = subprocess.run([sys.executable, "-c", ASK, str(folder), json.dumps(tokens.tolist()), str(out)],
@@ -134,10 +166,15 @@ def ask(folder, tokens, out, path: Path | None):
 @pytest.mark.parametrize("version", ["here", "5.5"])
 def test_transformers_reads_the_merged_folder_and_generates(case, version, tmp_path):
     folder, updates, tokens, base, adapted = case
-    path = None if version == "here" else OLDER / "transformers-5.5"
+    path = None if version == "here" else CLIENTS / "transformers-5.5"
     if path is not None and not path.is_dir():
         pytest.skip(f"{path} is not there: make test-clients")
     write_patched(open_checkpoint(folder), tmp_path / "merged", updates)
     (said, new), found = ask(tmp_path / "merged", tokens, tmp_path / "logits.npy", path)
     assert said.startswith("5.") if path is None else said.startswith("5.5.")
     assert new == "4" and near(found, adapted) and not near(found, base)
+    if path is None:
+        zeros = {name: LowRank(0 * part.b, part.a, part.scale) for name, part in updates.items()}
+        write_patched(open_checkpoint(folder), tmp_path / "zeroed", zeros)
+        _, found = ask(tmp_path / "zeroed", tokens, tmp_path / "zeroed.npy", path)
+        assert near(found, base) and not near(found, adapted), "a zeroed adapter would pass"

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import fsspec
 import ml_dtypes
 import numpy as np
 import pytest
@@ -43,6 +44,20 @@ def test_a_step_or_its_parameters_may_be_named_too_by_the_command(inner, tmp_pat
     found = cli.main(["merge", f"--checkpoint={TUNIX / 'checkpoints' / inner}", *arguments,
                       f"--out={tmp_path / 'out'}", "--json"])  # fmt: skip
     assert found == 0 and json.loads(capsys.readouterr().out)["tensors_changed"] == 26
+
+
+def test_a_tunix_checkpoint_in_a_bucket_merges_to_the_same_bytes(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for name, data in files(TUNIX / "checkpoints").items():
+        memory.pipe_file(f"/tunix/run/{name}", data)
+    try:
+        gemma_tpu.merge(**GIVEN, out=tmp_path / "here")
+        gemma_tpu.merge(**GIVEN | {"checkpoint": Path("memory://tunix/run")}, out=tmp_path / "there")
+        assert files(tmp_path / "there") == files(tmp_path / "here")
+        with pytest.raises(UserError, match="there is nothing of that name|neither steps with model_params"):
+            gemma_tpu.merge(**GIVEN | {"checkpoint": "memory://tunix/nowhere"}, out=tmp_path / "none")
+    finally:
+        memory.rm("/tunix", recursive=True)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -170,6 +185,22 @@ def test_mixed_ranks_and_scales_survive_either_form(mixed, native, base32, tmp_p
     assert native == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
 
 
+def test_the_portable_form_is_what_llama_cpps_converter_reads_and_computes(mixed, tmp_path):
+    """It reads lora_alpha alone, and the scale is that over B's columns; any other name than lora_A and lora_B is an
+    error to it, and so are halves."""
+    config = peft_folder.write(tmp_path / "out", mixed, base="x")
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in held.items():
+        found = re.fullmatch(r"base_model\.model\.(model\.language_model\.layers\.\d+\..+)\.lora_([AB])\.weight", name)
+        assert found and value.ndim == 2 and value.dtype == np.float32
+        pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = value
+    assert pairs.keys() == mixed.keys()
+    for name, pair in pairs.items():
+        computed = config["lora_alpha"] / pair["B"].shape[1] * (pair["B"].astype(np.float64) @ pair["A"])
+        np.testing.assert_allclose(computed, delta(mixed[name]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_magnitude_has_a_native_form_alone(mixed, base32, tmp_path):
     name, part = next(iter(mixed.items()))
     magnitude = np.arange(1, len(part.b) + 1, dtype=np.float32)
@@ -192,6 +223,33 @@ def test_the_command_exports_and_a_taken_folder_stays(whole_run, tmp_path, capsy
     assert cli.main(command) == 0
     assert json.loads(capsys.readouterr().out)["form"] == "portable"
     assert cli.main(command) == 2 and "exists and is not empty" in capsys.readouterr().err
+
+
+def test_for_vllm_v_has_ks_pair_where_v_is_k_and_all_else_stays(whole_run, exported, base32, tmp_path, capsys):
+    command = ["adapter", str(whole_run), "--out", str(tmp_path / "out"), "--json"]
+    assert cli.main([*command, "--for", "vllm"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["form"] == "vllm" and "V is K" not in told.err
+    held, portable = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", exported))
+    added = held.keys() - portable.keys()
+    stems = {f"base_model.model.model.language_model.layers.{layer}.self_attn.v_proj.lora_{side}.weight"
+             for layer in (1, 3) for side in "AB"}  # fmt: skip
+    assert added == stems and not portable.keys() - held.keys()
+    for name in added:
+        np.testing.assert_array_equal(held[name], held[name.replace("v_proj", "k_proj")])
+    one, other = read(tmp_path / "out", base32).parts, read(exported, base32).parts
+    assert one.keys() == other.keys() and all(np.array_equal(one[name].b, other[name].b) for name in one)
+    held[min(added)] = held[min(added)] + 1
+    save_file(held, tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="v_proj.lora_A.weight: no weight of the base's text tower takes it"):
+        read(tmp_path / "out", base32)
+
+
+def test_an_export_that_vllm_would_half_apply_says_so_and_two_forms_are_one_too_many(whole_run, tmp_path, capsys):
+    assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "out")]) == 0
+    assert "V is K in 2 of 4 layers" in capsys.readouterr().err
+    assert cli.main(["adapter", str(whole_run), "--out", str(tmp_path / "x"), "--native", "--for", "vllm"]) == 2
+    assert "two forms: choose one" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_a_full_run_has_no_adapter(whole_run, tmp_path, monkeypatch):
@@ -310,6 +368,17 @@ def test_the_card_has_recipe_counts_figures_and_licence(whole_merged):
                   "| last training loss |", "| tokens trained on |", "rank: 4", "train.jsonl", "modified version"):
         assert words in text
     assert "/tmp" not in text, "where something lay on a disk is nobody's business"
+
+
+def test_no_place_on_a_disk_stands_in_the_card_and_no_config_is_changed_for_it(base32):
+    config = {"data": {"path": ["/home/me/rows.jsonl", "gs://b/rows.jsonl"], "cache": "/home/me/cache", "limit": 3},
+              "train": {"compile_cache": "/home/me/xla", "seed": 1}, "lora": {"init_from": "/home/me/adapter"},
+              "distributed": {"coordinator": "10.0.0.1"}, "run_dir": "/home/me/run"}  # fmt: skip
+    before = json.dumps(config)
+    text = card.files(open_checkpoint(base32), {"base": "x", "method": "lora", "config": config}, 3)[card.CARD].decode()
+    assert "/home" not in text and "10.0.0.1" not in text and json.dumps(config) == before
+    for words in ("rows.jsonl", "gs://b/rows.jsonl", "init_from: adapter", "seed: 1", "limit: 3"):
+        assert words in text
 
 
 def test_a_base_under_the_gemma_terms_brings_their_notice(base32, tmp_path):
