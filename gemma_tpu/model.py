@@ -260,7 +260,8 @@ class Decoder(nnx.Module):
         for number, (block, layers) in enumerate(zip(self.arch.blocks, self.blocks, strict=True)):
             part = None if per_layer_BTLP is None else _of_block(block, per_layer_BTLP)
             past = None if rings is None else partial(kv_cache.past, self.arch, rings, number)
-            (x_BTD, shared), kv = _run_block(block, layers, (x_BTD, shared), ctx, how, part, past)
+            apart = rings is not None and kv_cache.apart(rings, number)
+            (x_BTD, shared), kv = _run_block(block, layers, (x_BTD, shared), ctx, how, part, past, apart)
             kept.append(kv)
         return self.final_norm(x_BTD), tuple(kept)
 
@@ -302,8 +303,9 @@ def _of_block(block: Block, per_layer_BTLP):
     return part_LBTP.reshape(block.repeats, slots, *part_LBTP.shape[1:])
 
 
-def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past):
-    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind)."""
+def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past, apart: bool):
+    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind). Repeats
+    whose caches stand apart go one after another in the program."""
     split = [nnx.split(layer, how.trains, ...) for layer in layers]
     trained = [part[1] for part in split]
 
@@ -327,6 +329,14 @@ def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer,
             shared = {**shared, layer.kind: kv} if shared else shared
             kept.append(None if layer.kv_shared else kv)
         return (x_BTD, shared), tuple(kept) if how.keep else None
+
+    if apart:
+        kept = []
+        for repeat in range(block.repeats):
+            mine = jax.tree.map(lambda x, repeat=repeat: x[repeat], (trained, per_layer))
+            carry, kv = one_period(carry, (repeat, *mine))
+            kept.append(kv)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept)
 
     # Elsewhere a loop compiles faster and holds less; a CPU pays for its stacks of activations with copies of them.
     unroll = platform() == "cpu" and block.repeats <= MOST_UNROLLED
