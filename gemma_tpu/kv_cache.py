@@ -27,8 +27,8 @@ AXES = (None, "batch", "act_kv_heads", None, None)  # how the rings lie on a mes
 SLOTS = (4, 3)  # the dim of the slots, of keys and of values
 
 Pair = tuple[jax.Array, jax.Array]
-Stacks = tuple[tuple[Pair | None, ...], ...]  # of every block and slot of its period, all repeats in one
-Rings = tuple[tuple[tuple[Pair, ...] | None, ...], ...]  # the same, in one part or in one for each repeat
+# Of every block and slot of its period: all repeats in one part, or one for each.
+Rings = tuple[tuple[tuple[Pair, ...] | None, ...], ...]
 
 
 def slots(layer: Layer, capacity: int) -> int:
@@ -79,7 +79,7 @@ def biases(arch: Architecture, capacity: int, clock: Any, last_B: jax.Array) -> 
     return found
 
 
-def put(rings: Rings, new: Stacks, clock: Any) -> Rings:
+def put(rings: Rings, new: Rings, clock: Any) -> Rings:
     """With the keys and values that a step has found, [R, B, 1, K, H]."""
 
     def one(ring: jax.Array, new_RB1KH: jax.Array, dim: int) -> jax.Array:
@@ -114,7 +114,7 @@ def source(arch: Architecture, shared: Layer) -> tuple[int, int, int]:
 # --- prompts: from a packed sheet into a store, from there into a row ---------------------------------------------
 
 
-def of_sheet(new: Stacks, start_E: jax.Array, length_E: jax.Array, row_E: jax.Array, store: Rings) -> Rings:
+def of_sheet(new: Rings, start_E: jax.Array, length_E: jax.Array, row_E: jax.Array, store: Rings) -> Rings:
     """The store with the last tokens of each of a sheet's segments in its rows, the newest in the last slot.
 
     `new` is what a forward pass over one sheet gives, [R, 1, T, K, H]; a `row_E` beyond the store is nowhere.
@@ -153,12 +153,13 @@ def _of_each(one: Callable[..., jax.Array], left: Rings, right: Rings) -> Rings:
     return tuple(tuple(map(parts, a, b)) for a, b in zip(left, right, strict=True))
 
 
-def _like(rings: Rings, new: Stacks) -> Rings:
+def _like(rings: Rings, new: Rings) -> Rings:
     """`new` in as many parts as the rings."""
 
-    def parts(mine, stacks):
-        if mine is None or len(mine) == 1:
-            return None if mine is None else (stacks,)
-        return tuple(tuple(x[repeat : repeat + 1] for x in stacks) for repeat in range(len(mine)))
+    def parts(mine, given):
+        if mine is None or len(mine) == len(given):
+            return given
+        [pair] = given
+        return tuple(tuple(x[repeat : repeat + 1] for x in pair) for repeat in range(len(mine)))
 
     return tuple(tuple(map(parts, a, b)) for a, b in zip(rings, new, strict=True))

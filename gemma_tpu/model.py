@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
         return self._run(tokens_BT, Context(segment_ids_BT, positions_BT), _Pass(key, remat, self.trains))[0]
 
     def prefill(self, tokens_BT, segment_ids_BT):
-        """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H]."""
+        """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H], as `Rings` lie."""
         ctx = Context(segment_ids_BT, restart_positions(segment_ids_BT))
         return self._run(tokens_BT, ctx, _Pass(None, "none", self.trains, keep=True))
 
@@ -336,11 +336,16 @@ def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer,
             mine = jax.tree.map(lambda x, repeat=repeat: x[repeat], (trained, per_layer))
             carry, kv = one_period(carry, (repeat, *mine))
             kept.append(kv)
-        return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept)
+        return carry, tuple(None if each[0] is None else tuple(map(_lead, each)) for each in zip(*kept, strict=True))
 
     # Elsewhere a loop compiles faster and holds less; a CPU pays for its stacks of activations with copies of them.
     unroll = platform() == "cpu" and block.repeats <= MOST_UNROLLED
-    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
+    carry, kept = jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
+    return carry, None if kept is None else tuple(None if pair is None else (pair,) for pair in kept)
+
+
+def _lead(pair: Pair) -> Pair:
+    return tuple(x[None] for x in pair)
 
 
 def _rematerialise(run, remat: Remat):
