@@ -9,9 +9,11 @@ import pytest
 import gemma_tpu
 from gemma_tpu.sampler import Sampler, Settings
 from gemma_tpu.tiny import ARCHS, write_tiny
+from gemma_tpu.tiny_tokenizer import SPECIAL
 
 pytestmark = pytest.mark.slow
 PROMPTS, NEW, ROWS = 200, 12, 16
+MEDIA = [SPECIAL[name] for name in ("<|image|>", "<|audio|>", "<|video|>")]
 GAP = 1e-4  # of the reference's two largest logits: closer ones may change places by rounding
 
 
@@ -32,16 +34,22 @@ def test_greedy_tokens_are_those_of_transformers(arch, tmp_path):
     ours = asked.run(prompts, (), Settings(max_new_tokens=NEW))
     assert asked.stats.programs == {"prefill": 1, "decode": 1}
     assert {len(one.tokens) for one in ours} == {NEW}
-    excused = 0
+    excused = cut = 0
     wanted = greedy(helpers.reference(folder), prompts)
-    for number, (mine, (theirs, gaps)) in enumerate(zip(ours, wanted, strict=True)):
-        if mine.tokens != theirs:
-            step = next(i for i in range(NEW) if mine.tokens[i] != theirs[i])
-            print(f"{arch}, prompt {number}, step {step}: {mine.tokens[step]}, theirs {theirs[step]}, "
+    for number, (one, (theirs, gaps)) in enumerate(zip(ours, wanted, strict=True)):
+        # After a placeholder of its own the reference wants a picture, and continues another text than this.
+        end = next((step + 1 for step, token in enumerate(theirs) if token in MEDIA), NEW)
+        mine, theirs = one.tokens[:end], theirs[:end]
+        cut += end < NEW
+        if mine != theirs:
+            step = next(i for i in range(end) if mine[i] != theirs[i])
+            print(f"{arch}, prompt {number}, step {step}: {mine[step]}, theirs {theirs[step]}, "
                   f"{gaps[step]:.1e} ahead")  # fmt: skip
             assert gaps[step] < GAP
             excused += 1
-    print(f"{arch}: {PROMPTS - excused} of {PROMPTS} prompts the same, {excused} excused")
+    print(f"{arch}: {PROMPTS - excused} of {PROMPTS} prompts the same, {excused} excused; {cut} compared up to a "
+          "placeholder that the reference made")  # fmt: skip
+    assert cut <= PROMPTS // 20
 
 
 def greedy(model, prompts):
