@@ -1,13 +1,16 @@
 """New tokens a second on this CPU: gemma_tpu's sampler beside transformers' generate and Tunix's Sampler.
 
     python benchmarks/sampling.py [--problems 156] [--samples 5] [--rounds 3] [--envs .bench-envs] [--only ours …]
+                                  [--bound 40] [--tuned FILE]
 
 156 prompts of mixed lengths, 5 samples of each at temperature 0.8 and top-p 0.95, every sample with a length of its
 own that is the same for all three and that none of them knows beforehand: ours and transformers end a row there (a
 per-row stopping criterion), for Tunix the model itself says its end token there. All compute the tiny Gemma 4 31B in
-float32. Before its first turn each tries the batch sizes below on the first samples and keeps its fastest; Tunix gets
-the cache length that the longest needs, and its sliding-window cache where that is faster. Then they take turns, A B
-C A B C …; ratios are medians of those within a round. What each compiled, it compiled before the first turn.
+float32. Before its first turn each tries the batch sizes below on the first samples and keeps its fastest (`--tuned`
+keeps what was found, for the next time); Tunix gets the cache length that the longest needs, and its sliding-window
+cache where that is faster. Then they take turns, A B C A B C …; ratios are medians of those within a round. Ours makes
+all of the samples in a turn; a peer begins no batch after `--bound` seconds, and its rate is that of the batches that
+it has made, which are like the others. What each compiled, it compiled before the first turn.
 """
 
 import argparse
@@ -20,14 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-NEW, SEED, VOCAB, WINDOW = 384, 0, 1024, 64
-BATCHES = {"ours": (32, 64, 128), "transformers": (32, 64, 156), "tunix": (32, 64, 156)}
+NEW, SEED, VOCAB = 384, 0, 1024
+BATCHES = {"ours": (32, 64), "transformers": (32, 64, 156), "tunix": (32, 64, 156)}
 ENVS = {"ours": None, "transformers": None, "tunix": "tunix"}
 Work = list[tuple[list[int], int]]  # prompt, tokens to make
 
@@ -40,7 +44,16 @@ def draw_work(problems: int, samples: int) -> Work:
     return list(zip([prompt for prompt in prompts for _ in range(samples)], limits, strict=True))
 
 
-# --- the contenders: (model folder, work) -> a function of (work, batch) that makes all tokens and counts them ------
+def batches(work: Work, size: int, bound: float) -> Iterator[Work]:
+    """One batch after another; none is begun when `bound` seconds have passed."""
+    begun = time.perf_counter()
+    for first in range(0, len(work), size):
+        if time.perf_counter() - begun > bound:
+            return
+        yield work[first : first + size]
+
+
+# --- the contenders: model folder -> a function of (work, batch, bound) that makes the tokens and counts them --------
 
 
 def ours(folder: str) -> Any:
@@ -48,7 +61,7 @@ def ours(folder: str) -> Any:
 
     model = adapters.load(folder)
 
-    def run(work: Work, batch: int) -> tuple[int, dict[str, Any]]:
+    def run(work: Work, batch: int, bound: float) -> tuple[int, dict[str, Any]]:
         asked = sampler.Sampler(model, rows=batch)
         settings = sampler.Settings(max_new_tokens=NEW, temperature=0.8, top_p=0.95)
         made = asked.run([prompt for prompt, _ in work], (), settings, limits=[limit for _, limit in work])
@@ -71,10 +84,9 @@ def transformers(folder: str) -> Any:
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             return input_ids.shape[1] >= self.ends_B
 
-    def run(work: Work, batch: int) -> tuple[int, dict[str, Any]]:
+    def run(work: Work, batch: int, bound: float) -> tuple[int, dict[str, Any]]:
         made = 0
-        for first in range(0, len(work), batch):
-            part = work[first : first + batch]
+        for part in batches(work, batch, bound):
             width = max(len(prompt) for prompt, _ in part)
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in part])
             seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in part])
@@ -96,6 +108,9 @@ def tunix(folder: str) -> Any:
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.gemma4.model import AttentionType, Gemma4, ModelConfig
+
+    tiny = json.loads((Path(folder) / "config.json").read_text())
+    tiny = tiny.get("text_config", tiny)
 
     class Ending(nnx.Module):
         """The model, and the end token where a row's own end is."""
@@ -125,27 +140,29 @@ def tunix(folder: str) -> Any:
 
     @functools.cache
     def build(rows: int, sliding: bool) -> Any:
+        kinds = {"sliding_attention": AttentionType.LOCAL_SLIDING, "full_attention": AttentionType.GLOBAL}
         config = ModelConfig(
-            num_layers=6, num_embed=VOCAB, embed_dim=128, hidden_dim=384, num_heads=8, head_dim=32, num_kv_heads=4,
-            num_global_kv_heads=4, global_key_size=64, sliding_window_size=WINDOW, k_eq_v_global=True,
-            attention_pattern=(AttentionType.LOCAL_SLIDING,) * 5 + (AttentionType.GLOBAL,),
-            use_sliding_window_kv_cache=sliding,
+            num_layers=tiny["num_hidden_layers"], num_embed=VOCAB, embed_dim=tiny["hidden_size"],
+            hidden_dim=tiny["intermediate_size"], num_heads=tiny["num_attention_heads"], head_dim=tiny["head_dim"],
+            num_kv_heads=tiny["num_key_value_heads"], num_global_kv_heads=tiny["num_global_key_value_heads"],
+            global_key_size=tiny["global_head_dim"], sliding_window_size=tiny["sliding_window"], k_eq_v_global=True,
+            attention_pattern=tuple(kinds[kind] for kind in tiny["layer_types"]), use_sliding_window_kv_cache=sliding,
         )  # fmt: skip
         model = Ending(Gemma4(config, rngs=nnx.Rngs(0)), rows)
-        return model, Sampler(model, Ids(), CacheConfig(256 + NEW, 6, 4, 32))
+        cache = CacheConfig(256 + NEW, config.num_layers, config.num_kv_heads, config.head_dim)
+        return model, Sampler(model, Ids(), cache)
 
-    def run(work: Work, batch: tuple[int, bool]) -> tuple[int, dict[str, Any]]:
+    def run(work: Work, batch: tuple[int, bool], bound: float) -> tuple[int, dict[str, Any]]:
         rows, (model, sampler), made = batch[0], build(*batch), 0
-        for first in range(0, len(work), rows):
-            part = work[first : first + rows]
-            part += part[:1] * (rows - len(part))  # the last batch has the shape of the others
+        for number, own in enumerate(batches(work, rows, bound)):
+            part = own + own[:1] * (rows - len(own))  # the last batch has the shape of the others
             model.ends_B = nnx.Variable(jnp.array([len(prompt) - 1 + limit for prompt, limit in part], jnp.int32))
             sampler.transformer_state = nnx.variables(model)
             out = sampler([" ".join(map(str, prompt)) for prompt, _ in part], NEW, 256, temperature=0.8, top_p=0.95,
-                          eos_tokens=[1], seed=first)  # fmt: skip
+                          eos_tokens=[1], seed=number)  # fmt: skip
             counts = [len(tokens) for tokens in out.tokens]
             assert counts == [min(limit, NEW) for _, limit in part], (counts, [limit for _, limit in part])
-            made += sum(counts[: min(rows, len(work) - first)])
+            made += sum(counts[: len(own)])
         compiled = {"prefill": sampler._compiled_prefill_fn._cache_size(),
                     "decode": sampler._compiled_decode_fn._cache_size()}  # fmt: skip
         return made, compiled
@@ -160,26 +177,35 @@ def worker(name: str, settings: dict[str, Any]) -> None:
     os.dup2(2, 1)  # what libraries print must not come between
     run = {"ours": ours, "transformers": transformers, "tunix": tunix}[name](settings["model"])
     work = draw_work(settings["problems"], settings["samples"])
-    trial, rates = work[: settings["trial"]], {}
-    for batch in getattr(run, "options", BATCHES[name]):
-        if (batch[0] if isinstance(batch, tuple) else batch) > len(trial):
-            continue
+    bound, tried = settings["bound"], {}
+    best = settings["tuned"].get(name)
+    best = tuple(best) if isinstance(best, list) else best
+    for batch in getattr(run, "options", BATCHES[name]) if best is None else ():
+        rows = batch[0] if isinstance(batch, tuple) else batch
+        trial = work[: max(rows, settings["trial"])]
         try:
-            run(trial, batch)  # compiles
+            run(_short(trial), batch, math.inf)  # compiles
             begun = time.perf_counter()
-            made, _ = run(trial, batch)
+            made, _ = run(trial, batch, bound / 2)
         except Exception as error:
             print(f"{name}, batch {batch}: {error!r}"[:300], file=sys.stderr)
             continue
-        rates[batch] = made / (time.perf_counter() - begun)
-    best = max(rates, key=rates.get)
-    run(work, best)  # what only the whole work compiles
-    print(json.dumps({"batch": best, "tried": {str(b): round(r) for b, r in rates.items()}}), file=answers, flush=True)
+        tried[batch] = made / (time.perf_counter() - begun)
+    best = best or max(tried, key=tried.get)
+    if name != "transformers":
+        run(_short(work), best, math.inf)  # compiles what only the whole work has
+    say = {"batch": best, "tried": {str(b): round(r) for b, r in tried.items()}}
+    print(json.dumps(say), file=answers, flush=True)
     for _ in sys.stdin:
         begun, cpu = time.perf_counter(), time.process_time()
-        made, about = run(work, best)
+        made, about = run(work, best, bound)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         print(json.dumps({"tokens": made, "seconds": seconds, "cpu_seconds": cpu, **about}), file=answers, flush=True)
+
+
+def _short(work: Work) -> Work:
+    """The same prompts, two tokens each: all that is compiled for the work itself, in a moment."""
+    return [(prompt, 2) for prompt, _ in work]
 
 
 # --- the parent -----------------------------------------------------------------------------------------------------
@@ -218,7 +244,9 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
     from gemma_tpu.tiny import write_tiny
 
     model = write_tiny(folder / "model", "gemma4-31b", dtype="float32", text_only=True)
-    settings = {"model": str(model), "problems": args.problems, "samples": args.samples, "trial": args.trial}
+    tuned = json.loads(args.tuned.read_text()) if args.tuned and args.tuned.exists() else {}
+    settings = {"model": str(model), "problems": args.problems, "samples": args.samples, "trial": args.trial,
+                "bound": args.bound, "tuned": tuned}  # fmt: skip
     cores = set(sorted(os.sched_getaffinity(0))[: args.cores])
     contenders, ready, rounds = [], {}, []
     try:
@@ -228,6 +256,9 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
             contenders.append(Contender(name, python, settings, cores, folder / f"{name}.log"))
             ready[name] = contenders[-1].read()
             print(f"{name}: {ready[name]}", file=sys.stderr)
+            if args.tuned:
+                tuned[name] = ready[name]["batch"]
+                args.tuned.write_text(json.dumps(tuned) + "\n")
         for number in range(args.rounds):
             rounds.append({one.name: one.turn() for one in contenders})
             rates = ", ".join(f"{name} {one['tokens'] / one['seconds']:,.0f}" for name, one in rounds[-1].items())
@@ -244,7 +275,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=156)
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--trial", type=int, default=192, help="samples on which batch sizes are tried")
+    parser.add_argument("--trial", type=int, default=96, help="samples on which batch sizes are tried, or one batch")
+    parser.add_argument("--bound", type=float, default=40, help="seconds after which a peer begins no new batch")
+    parser.add_argument("--tuned", type=Path, help="a file of the batch sizes that were the fastest; made if missing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, help="how many cores everybody may use; all if left out")
     parser.add_argument("--envs", type=Path, default=HERE.parent / ".bench-envs")

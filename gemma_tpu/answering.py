@@ -54,6 +54,7 @@ class Model:
     step: int | None = None
     base: bool = False  # of a run folder: what it was trained from
     served: str | None = None  # which of a server's models; its only one by default
+    concurrency: int | None = None  # requests to a server at a time
 
     def identity(self) -> dict[str, Any]:
         """What stored samples belong to; reads headers only."""
@@ -91,9 +92,9 @@ def answer(
 
 def _writer(model: Model) -> Any:
     if isinstance(model.target, str):
-        from gemma_tpu.endpoint import Endpoint
+        from gemma_tpu.endpoint import CONCURRENCY, Endpoint
 
-        return Endpoint(model.target, model=model.served)
+        return Endpoint(model.target, model=model.served, concurrency=model.concurrency or CONCURRENCY)
     from gemma_tpu import adapters, completions, runs, sampler
     from gemma_tpu.tokenizer import Tokenizer
 

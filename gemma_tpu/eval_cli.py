@@ -26,7 +26,7 @@ def tiny(args: argparse.Namespace) -> tuple[Result, int]:
     from gemma_tpu import evaluate
 
     found = evaluate.tiny(where, base=args.base, unsafe=args.unsafe_no_sandbox, draw=draw, step=args.step,
-                          served=args.model, out=args.out, ks=args.k)  # fmt: skip
+                          served=args.model, concurrency=args.concurrency, out=args.out, ks=args.k)  # fmt: skip
     return _finish(found, args.html)
 
 
@@ -63,14 +63,14 @@ def verilog(args: argparse.Namespace) -> tuple[Result, int]:
 
     found = evaluate.verilog_bench(
         where, args.problems, style=args.style or "official", shots=args.shots or 0, draw=draw, base=args.base,
-        step=args.step, served=args.model, out=args.out, ks=args.k, **common,
+        step=args.step, served=args.model, concurrency=args.concurrency, out=args.out, ks=args.k, **common,
     )  # fmt: skip
     return _finish(found, args.html)
 
 
 def _refuse_sampling(args: argparse.Namespace, source: str) -> None:
     names = ("n", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "settings", "style", "shots", "step",
-             "model")  # fmt: skip
+             "model", "concurrency")  # fmt: skip
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     given += [] if args.base else ["--no-base"]
     if given:
@@ -108,8 +108,9 @@ def prompts(args: argparse.Namespace) -> tuple[Result, int]:
     where, draw = any_target(args.target), _draw(args, Draw(max_new_tokens=256))
     from gemma_tpu import evaluate
 
-    return _finish(evaluate.prompts(where, args.file, args.scorer, draw=draw, base=args.base, step=args.step,
-                                    served=args.model, out=args.out), args.html)  # fmt: skip
+    found = evaluate.prompts(where, args.file, args.scorer, draw=draw, base=args.base, step=args.step,
+                             served=args.model, concurrency=args.concurrency, out=args.out)  # fmt: skip
+    return _finish(found, args.html)
 
 
 def _add_prompts(one: argparse.ArgumentParser) -> None:
@@ -192,6 +193,7 @@ def _add_target(one: argparse.ArgumentParser, **more: Any) -> None:
     one.add_argument("target", metavar="TARGET", **more,
                      help="a run folder (adapter applied), a model folder, or a server's URL")  # fmt: skip
     one.add_argument("--model", metavar="NAME", help="which of a server's models; by default its only one")
+    one.add_argument("--concurrency", metavar="N", type=positive, help="requests to a server at a time (16)")
 
 
 def _add_sampling(one: argparse.ArgumentParser, default: str) -> None:

@@ -55,7 +55,7 @@ def _facts(entries: Mapping[str, Card]) -> str:
     for name, entry in entries.items():
         for k, (value, low, high) in entry["pass_at_k"].items():
             rows.append((f"{name}, pass@{k}", f"{value:.3f}", f"{low:.3f} to {high:.3f} (95 %)", ""))
-        rows.append((f"{name}, passed", f"{entry['passed']}/{entry['total']}", f"{entry['problems']} problems", ""))
+        rows.append((f"{name}, passed", f"{entry['passed']}/{entry['total']}", _problems(entry["problems"]), ""))
     return facts(rows)
 
 
@@ -75,8 +75,12 @@ def _histogram(entries: Mapping[str, Card]) -> str:
         counts = Counter(row["passed"] for row in entry["per_problem"].values())
         most = max(row["samples"] for row in entry["per_problem"].values())
         for number in range(most + 1):
-            rows.append(Bar(f"{name}: {number} of {most}", counts[number], f"{counts[number]} problems", at, True))
+            rows.append(Bar(f"{name}: {number} of {most}", counts[number], _problems(counts[number]), at, True))
     return bars(rows, "problems by the number of their samples that pass")
+
+
+def _problems(number: int) -> str:
+    return f"{number} problem" + "s" * (number != 1)
 
 
 def _failures(entries: Mapping[str, Card]) -> str:

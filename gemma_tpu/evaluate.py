@@ -47,14 +47,14 @@ TINY = Draw(max_new_tokens=192)
 
 def tiny(
     target: str | Path, *, base: bool = True, unsafe: bool = False, draw: Draw = TINY, step: int | None = None,
-    served: str | None = None, out: Path | None = None, ks: Sequence[int] = (),
+    served: str | None = None, concurrency: int | None = None, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """pass@k on the bundled held-out problems; for a run folder, of its base too, and kept in eval_tiny.json."""
     version = verilog.require(unsafe)
     problems = verilog.load_problems(assets.resolve(PROBLEMS))
     questions = [Question(one.id, [{"role": "user", "content": one.prompt}]) for one in problems]
     target = _place(target)
-    models = _models(target, step, base, served)
+    models = _models(target, step, base, served, concurrency)
     folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
     results = _measure(
         models, questions, draw, folder, {"eval": "tiny", "problems": _digest([vars(one) for one in problems])},
@@ -73,7 +73,7 @@ def tiny(
 def verilog_bench(
     target: str | Path, clone: Path, *, task: str = verilog_eval.TASKS[0], style: str = "official", shots: int = 0,
     draw: Draw, only: Sequence[str] = (), base: bool = True, step: int | None = None,
-    served: str | None = None, unsafe: bool = False, workers: int | None = None,
+    served: str | None = None, concurrency: int | None = None, unsafe: bool = False, workers: int | None = None,
     timeout: float = verilog_eval.TIMEOUT, out: Path | None = None, ks: Sequence[int] = (),
 ) -> Card:  # fmt: skip
     """verilog-eval v2 for a run (and its base) or a model; samples are kept as they come, and a rerun goes on."""
@@ -95,7 +95,7 @@ def verilog_bench(
         results["contamination"] = _contamination(target, texts)
     else:
         say("contamination was not checked: only a run folder names its training data")
-    models = _models(target, step, base, served)
+    models = _models(target, step, base, served, concurrency)
     settings = {
         "eval": "verilog", "task": task, "style": style, "shots": shots,
         "prompts": _digest([[one.problem, list(one.messages)] for one in questions]),
@@ -110,7 +110,7 @@ def verilog_bench(
 
 def prompts(
     target: str | Path, file: Path, scorer: str, *, draw: Draw, base: bool = True, step: int | None = None,
-    served: str | None = None, out: Path | None = None,
+    served: str | None = None, concurrency: int | None = None, out: Path | None = None,
 ) -> Card:  # fmt: skip
     """Prompts of the user's own, scored by a function of the user's: base and tuned, intervals, paired test."""
     from gemma_tpu import own_prompts
@@ -122,7 +122,7 @@ def prompts(
         f"prompts_{file.stem}_{_slug(draw)}{_at(target, step)}"
     )
     questions = [Question(row.name, row.messages) for row in rows]
-    stored = _sampled(_models(target, step, base, served), questions, draw, folder,
+    stored = _sampled(_models(target, step, base, served, concurrency), questions, draw, folder,
                       {"eval": "prompts", "file": _digest([row.record for row in rows])})  # fmt: skip
     entries = {name: own_prompts.card(rows, made, judge) for name, made in stored.items()}
     results = {**entries.pop("tuned"), "eval": "prompts", "target": str(target), "scorer": scorer, "draw": draw.json()}
@@ -155,13 +155,17 @@ def _home(target: str | Path) -> Path:
     return Path("evals") / name
 
 
-def _models(target: str | Path, step: int | None, base: bool, served: str | None) -> dict[str, Model]:
-    if served is not None and isinstance(target, Path):
-        raise UserError(f"--model {served}: belongs to a server's URL; {target} is a folder")
+def _models(
+    target: str | Path, step: int | None, base: bool, served: str | None, concurrency: int | None
+) -> dict[str, Model]:
+    of_servers = {"--model": served, "--concurrency": concurrency}
+    given = [f"{name} {value}" for name, value in of_servers.items() if value is not None]
+    if given and isinstance(target, Path):
+        raise UserError(f"{', '.join(given)}: nothing that a folder has; {target} is a folder, no server's URL")
     if not _is_run(target):
         if step is not None:
             raise UserError(f"--step {step}: {target} is no run folder, and only a run folder has steps")
-        return {"tuned": Model(target, served=served)}
+        return {"tuned": Model(target, served=served, concurrency=concurrency)}
     return ({"base": Model(target, step, base=True)} if base else {}) | {"tuned": Model(target, step)}
 
 

@@ -5,7 +5,8 @@ a step writes one slice, not one place in each row, and what a slot holds follow
 tokens has something in the slots of age 0 to n - 1. A global layer's ring is as long as a sequence may become, a
 sliding layer's as long as its window; layers that share the keys and values of others have none. Keys lie as
 [R, B, K, H, S] and values as [R, B, K, S, H]: both products of attention then read them in order, which on a CPU is
-ten times as fast as keys that lie like values.
+ten times as fast as keys that lie like values. On a CPU each repeat of a period has arrays of its own, with R = 1: one
+taken out of a stack is a copy there.
 
 Letters: R repeats of a block's period, B rows, T tokens, S slots, K KV heads, H head dim.
 """
@@ -16,15 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_tpu.mesh import platform
 from gemma_tpu.variants import Architecture, Layer
 
+MOST_APART = 8  # repeats of a period; the program grows with them
 MASKED = -1e30  # finite: a row without tokens stays a number
 
 AXES = (None, "batch", "act_kv_heads", None, None)  # how the rings lie on a mesh
 SLOTS = (4, 3)  # the dim of the slots, of keys and of values
 
 Pair = tuple[jax.Array, jax.Array]
-Rings = tuple[tuple[Pair | None, ...], ...]  # of every block and slot of its period
+# Of every block and slot of its period: all repeats in one part, or one for each.
+Rings = tuple[tuple[tuple[Pair, ...] | None, ...], ...]
 
 
 def slots(layer: Layer, capacity: int) -> int:
@@ -34,14 +38,22 @@ def slots(layer: Layer, capacity: int) -> int:
 def empty(arch: Architecture, rows: int, capacity: int, dtype: jnp.dtype) -> Rings:
     """Rings for `rows` sequences of at most `capacity` tokens."""
 
-    def pair(repeats: int, layer: Layer) -> Pair | None:
+    def parts(repeats: int, layer: Layer) -> tuple[Pair, ...] | None:
         if layer.kv_shared:
             return None
         head, count = layer.head_dim, slots(layer, capacity)
-        lead = (repeats, rows, layer.kv_heads)
-        return jnp.zeros((*lead, head, count), dtype), jnp.zeros((*lead, count, head), dtype)
+        number = repeats if platform() == "cpu" and repeats <= MOST_APART else 1
+        lead = (repeats // number, rows, layer.kv_heads)
+        return tuple(
+            (jnp.zeros((*lead, head, count), dtype), jnp.zeros((*lead, count, head), dtype)) for _ in range(number)
+        )
 
-    return tuple(tuple(pair(block.repeats, layer) for layer in block.period) for block in arch.blocks)
+    return tuple(tuple(parts(block.repeats, layer) for layer in block.period) for block in arch.blocks)
+
+
+def apart(rings: Rings, number: int) -> bool:
+    """Whether the repeats of a block have their own arrays: which is wanted must then be known to the program."""
+    return any(parts is not None and len(parts) > 1 for parts in rings[number])
 
 
 def nbytes(arch: Architecture, rows: int, capacity: int, itemsize: int) -> int:
@@ -74,7 +86,7 @@ def put(rings: Rings, new: Rings, clock: Any) -> Rings:
         new = jnp.expand_dims(new_RB1KH[:, :, 0], dim).astype(ring.dtype)
         return jax.lax.dynamic_update_slice_in_dim(ring, new, clock % ring.shape[dim], axis=dim)
 
-    return _of_each(one, rings, new)
+    return _of_each(one, rings, _like(rings, new))
 
 
 def past(arch: Architecture, rings: Rings, number: int, slot: int, repeat: Any) -> Pair:
@@ -82,7 +94,9 @@ def past(arch: Architecture, rings: Rings, number: int, slot: int, repeat: Any) 
     layer = arch.blocks[number].period[slot]
     if layer.kv_shared:
         number, slot, repeat = source(arch, layer)
-    return tuple(jax.lax.dynamic_index_in_dim(x, repeat, keepdims=False) for x in rings[number][slot])
+    parts = rings[number][slot]
+    pair, at = (parts[0], repeat) if len(parts) == 1 else (parts[repeat], 0)
+    return tuple(jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in pair)
 
 
 def source(arch: Architecture, shared: Layer) -> tuple[int, int, int]:
@@ -113,7 +127,7 @@ def of_sheet(new: Rings, start_E: jax.Array, length_E: jax.Array, row_E: jax.Arr
         found = jnp.moveaxis(found_REKSH, 3, dim).astype(kept.dtype)
         return kept.at[:, row_E].set(found, mode="drop")
 
-    return _of_each(one, store, new)
+    return _of_each(one, store, _like(store, new))
 
 
 def start_row(rings: Rings, store: Rings, row: Any, stored: Any, clock: Any) -> Rings:
@@ -130,7 +144,22 @@ def start_row(rings: Rings, store: Rings, row: Any, stored: Any, clock: Any) -> 
 def _of_each(one: Callable[..., jax.Array], left: Rings, right: Rings) -> Rings:
     """one(x, y, dim of the slots) for all keys and values of two caches."""
 
-    def pair(x: Pair | None, y: Pair | None) -> Pair | None:
-        return None if x is None else tuple(one(a, b, dim) for a, b, dim in zip(x, y, SLOTS, strict=True))
+    def pair(x: Pair, y: Pair) -> Pair:
+        return tuple(one(a, b, dim) for a, b, dim in zip(x, y, SLOTS, strict=True))
 
-    return tuple(tuple(map(pair, a, b)) for a, b in zip(left, right, strict=True))
+    def parts(x, y):
+        return None if x is None else tuple(map(pair, x, y))
+
+    return tuple(tuple(map(parts, a, b)) for a, b in zip(left, right, strict=True))
+
+
+def _like(rings: Rings, new: Rings) -> Rings:
+    """`new` in as many parts as the rings."""
+
+    def parts(mine, given):
+        if mine is None or len(mine) == len(given):
+            return given
+        [pair] = given
+        return tuple(tuple(x[repeat : repeat + 1] for x in pair) for repeat in range(len(mine)))
+
+    return tuple(tuple(map(parts, a, b)) for a, b in zip(rings, new, strict=True))

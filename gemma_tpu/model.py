@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
         return self._run(tokens_BT, Context(segment_ids_BT, positions_BT), _Pass(key, remat, self.trains))[0]
 
     def prefill(self, tokens_BT, segment_ids_BT):
-        """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H]."""
+        """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H], as `Rings` lie."""
         ctx = Context(segment_ids_BT, restart_positions(segment_ids_BT))
         return self._run(tokens_BT, ctx, _Pass(None, "none", self.trains, keep=True))
 
@@ -260,7 +260,8 @@ class Decoder(nnx.Module):
         for number, (block, layers) in enumerate(zip(self.arch.blocks, self.blocks, strict=True)):
             part = None if per_layer_BTLP is None else _of_block(block, per_layer_BTLP)
             past = None if rings is None else partial(kv_cache.past, self.arch, rings, number)
-            (x_BTD, shared), kv = _run_block(block, layers, (x_BTD, shared), ctx, how, part, past)
+            apart = rings is not None and kv_cache.apart(rings, number)
+            (x_BTD, shared), kv = _run_block(block, layers, (x_BTD, shared), ctx, how, part, past, apart)
             kept.append(kv)
         return self.final_norm(x_BTD), tuple(kept)
 
@@ -302,8 +303,9 @@ def _of_block(block: Block, per_layer_BTLP):
     return part_LBTP.reshape(block.repeats, slots, *part_LBTP.shape[1:])
 
 
-def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past):
-    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind)."""
+def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past, apart: bool):
+    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind). Repeats
+    whose caches stand apart go one after another in the program."""
     split = [nnx.split(layer, how.trains, ...) for layer in layers]
     trained = [part[1] for part in split]
 
@@ -328,9 +330,22 @@ def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer,
             kept.append(None if layer.kv_shared else kv)
         return (x_BTD, shared), tuple(kept) if how.keep else None
 
+    if apart:
+        kept = []
+        for repeat in range(block.repeats):
+            mine = jax.tree.map(lambda x, repeat=repeat: x[repeat], (trained, per_layer))
+            carry, kv = one_period(carry, (repeat, *mine))
+            kept.append(kv)
+        return carry, tuple(None if each[0] is None else tuple(map(_lead, each)) for each in zip(*kept, strict=True))
+
     # Elsewhere a loop compiles faster and holds less; a CPU pays for its stacks of activations with copies of them.
     unroll = platform() == "cpu" and block.repeats <= MOST_UNROLLED
-    return jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
+    carry, kept = jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
+    return carry, None if kept is None else tuple(None if pair is None else (pair,) for pair in kept)
+
+
+def _lead(pair: Pair) -> Pair:
+    return tuple(x[None] for x in pair)
 
 
 def _rematerialise(run, remat: Remat):

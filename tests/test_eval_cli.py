@@ -98,6 +98,7 @@ def test_samples_of_some_problems_are_not_taken_for_all(run, clone, tmp_path):
         ([], "scores a TARGET, --samples FILE or --self-check, one of the three"),
         (["--self-check", "--samples", "x.jsonl"], "given: --samples, --self-check"),
         (["--self-check", "--n", "5", "--style", "paper"], "--n, --style: nothing is sampled with --self-check"),
+        (["--self-check", "--concurrency", "2"], "--concurrency: nothing is sampled with --self-check"),
         (["--samples", "nix.jsonl", "--no-base"], "--no-base: nothing is sampled with --samples"),
         (["--samples", "nix.jsonl"], "nix.jsonl: cannot be read"),
         (["nix"], "nix: no such folder"),

@@ -203,8 +203,8 @@ def test_verilog_eval_of_a_run_has_both_models_both_verdicts_and_goes_on_where_i
 @needs_simulator
 def test_a_server_in_the_place_of_a_model(tmp_path, monkeypatch):
     class Server:
-        def __init__(self, url, model=None):
-            assert (url, model) == ("http://localhost:8000/v1", "mine")
+        def __init__(self, url, model, concurrency):
+            assert (url, model, concurrency) == ("http://localhost:8000/v1", "mine", 3)
 
         def write(self, asked, settings, on_done):
             for place, one in enumerate(asked):
@@ -215,12 +215,12 @@ def test_a_server_in_the_place_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr("gemma_tpu.endpoint.Endpoint", Server)
     monkeypatch.chdir(tmp_path)
     clone = write_clone(tmp_path / "clone")
-    found = evaluate.verilog_bench("http://localhost:8000/v1", clone, draw=Draw(), served="mine")
+    found = evaluate.verilog_bench("http://localhost:8000/v1", clone, draw=Draw(), served="mine", concurrency=3)
     assert (found["passed"], found["target"]) == (3, "http://localhost:8000/v1") and "base" not in found
     [kept] = (tmp_path / "evals" / "localhost_8000_v1").iterdir()
     assert json.loads((kept / "tuned.settings.json").read_text())["url"] == "http://localhost:8000/v1"
-    with pytest.raises(UserError, match="--model mine: belongs to a server's URL"):
-        evaluate._models(tmp_path, None, True, "mine")
+    with pytest.raises(UserError, match="--model mine, --concurrency 3: nothing that a folder has"):
+        evaluate._models(tmp_path, None, True, "mine", 3)
 
 
 def test_steps_belong_to_runs(base32):

@@ -195,10 +195,12 @@ def test_rows_are_refilled_as_sequences_end(model, greedy):
 def test_local_layers_keep_their_window_and_no_more(model):
     arch = model.arch
     rings = kv_cache.empty(arch, 3, 256, model.dtype)
-    for block, pairs in zip(arch.blocks, rings, strict=True):
-        for layer, (k, v) in zip(block.period, pairs, strict=True):
+    for block, of_block in zip(arch.blocks, rings, strict=True):
+        for layer, parts in zip(block.period, of_block, strict=True):
             slots = 256 if layer.window is None else 16
-            assert k.shape[3:] == (layer.head_dim, slots) and v.shape[3:] == (slots, layer.head_dim)
+            assert sum(len(k) for k, _ in parts) == block.repeats
+            for k, v in parts:
+                assert k.shape[3:] == (layer.head_dim, slots) and v.shape[3:] == (slots, layer.head_dim)
 
 
 def test_tokens_are_told_as_they_come_and_can_be_stopped(model, greedy):

@@ -9,43 +9,65 @@ import pytest
 import gemma_tpu
 from gemma_tpu.sampler import Sampler, Settings
 from gemma_tpu.tiny import ARCHS, write_tiny
+from gemma_tpu.tiny_tokenizer import SPECIAL
 
 pytestmark = pytest.mark.slow
 PROMPTS, NEW, ROWS = 200, 12, 16
+MEDIA = [SPECIAL[name] for name in ("<|image|>", "<|audio|>", "<|video|>")]
 GAP = 1e-4  # of the reference's two largest logits: closer ones may change places by rounding
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHS))
 def test_greedy_tokens_are_those_of_transformers(arch, tmp_path):
-    """Prompts of 1 to 150 tokens where the window is 64; every tenth is a neighbour's beginning."""
-    torch = pytest.importorskip("torch")
+    """Prompts of 30 lengths from one token to twice the window, mixed; every tenth is a neighbour's beginning."""
+    pytest.importorskip("torch")
     folder = write_tiny(tmp_path / "model", arch, dtype="float32")
     model = gemma_tpu.load(folder)
-    lengths = np.random.default_rng(1).integers(1, 151, PROMPTS)
+    rng = np.random.default_rng(1)
+    window = min(layer.window for layer in model.arch.layers if layer.window)
+    lengths = rng.choice(rng.integers(1, 2 * window + 1, 30), PROMPTS)
     prompts = [row.tolist() for row in helpers.random_rows(lengths, model.arch.vocab, seed=2)]
     for number in range(10, PROMPTS, 10):
         prompts[number] = prompts[number - 1][: len(prompts[number - 1]) // 2 + 1]
-    window = min(layer.window for layer in model.arch.layers if layer.window)
     assert sum(len(prompt) > window for prompt in prompts) >= 50
     asked = Sampler(model, rows=ROWS)
     ours = asked.run(prompts, (), Settings(max_new_tokens=NEW))
     assert asked.stats.programs == {"prefill": 1, "decode": 1}
-    theirs = helpers.reference(folder)
-    theirs.generation_config.eos_token_id = None
+    assert {len(one.tokens) for one in ours} == {NEW}
+    excused = cut = 0
+    wanted = greedy(helpers.reference(folder), prompts)
+    for number, (one, (theirs, gaps)) in enumerate(zip(ours, wanted, strict=True)):
+        # After a placeholder of its own the reference wants a picture, and continues another text than this.
+        end = next((step + 1 for step, token in enumerate(theirs) if token in MEDIA), NEW)
+        mine, theirs = one.tokens[:end], theirs[:end]
+        cut += end < NEW
+        if mine != theirs:
+            step = next(i for i in range(end) if mine[i] != theirs[i])
+            print(f"{arch}, prompt {number}, step {step}: {mine[step]}, theirs {theirs[step]}, "
+                  f"{gaps[step]:.1e} ahead")  # fmt: skip
+            assert gaps[step] < GAP
+            excused += 1
+    print(f"{arch}: {PROMPTS - excused} of {PROMPTS} prompts the same, {excused} excused; {cut} compared up to a "
+          "placeholder that the reference made")  # fmt: skip
+    assert cut <= PROMPTS // 20
+
+
+def greedy(model, prompts):
+    """What the reference continues each prompt with, and how far its largest logit is ahead of the next at each
+    step. Prompts of one length go together: no padding comes into the reference."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # models as small as these wait longer for a second thread than it helps
+    model.generation_config.eos_token_id = None
     how = {"do_sample": False, "max_new_tokens": NEW, "output_logits": True, "return_dict_in_generate": True}
-    excused = 0
-    for number, (prompt, mine) in enumerate(zip(prompts, ours, strict=True)):
-        ids = torch.tensor([prompt])
+    found = {}
+    for length in {len(prompt) for prompt in prompts}:
+        mine = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[number] for number in mine])
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)
-        wanted = out.sequences[0, len(prompt) :].tolist()
-        assert len(wanted) == len(mine.tokens) == NEW
-        if mine.tokens != wanted:
-            step = next(i for i in range(NEW) if mine.tokens[i] != wanted[i])
-            top = out.logits[step][0].topk(2).values
-            gap = float(top[0] - top[1])
-            print(f"{arch}, prompt {number}, step {step}: {mine.tokens[step]}, theirs {wanted[step]}, {gap:.1e} ahead")
-            assert gap < GAP
-            excused += 1
-    print(f"{arch}: {PROMPTS - excused} of {PROMPTS} prompts the same, {excused} excused")
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        top_tb2 = torch.stack(out.logits).topk(2).values
+        gaps_bt = (top_tb2[..., 0] - top_tb2[..., 1]).T
+        for at, number in enumerate(mine):
+            found[number] = out.sequences[at, length:].tolist(), gaps_bt[at].tolist()
+    return [found[number] for number in range(len(prompts))]
