@@ -19,7 +19,9 @@ from typing import Any
 from gemma_tpu import (
     __version__,
     assets,
+    choose_cli,
     config,
+    cost_cli,
     data_cli,
     devices,
     eval_cli,
@@ -231,6 +233,8 @@ def _add_configured(commands: Any) -> None:
             train_cli.add_arguments(one)
     data_cli.add_arguments(_command(commands, "data", data_cli.run, data_cli.ABOUT, data_cli.EXAMPLE))
     plan_cli.add_arguments(_command(commands, "plan", plan_cli.run, plan_cli.ABOUT, plan_cli.EXAMPLE))
+    cost_cli.add_arguments(_command(commands, "cost", cost_cli.run, cost_cli.ABOUT, cost_cli.EXAMPLE))
+    choose_cli.add_arguments(_command(commands, "choose", choose_cli.run, choose_cli.ABOUT, choose_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:
