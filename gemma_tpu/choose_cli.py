@@ -75,8 +75,10 @@ def assumptions(wanted: Any, suits: list[Any], listed: prices.Prices) -> list[st
             lines.append("TPU servers pad a prompt to a compiled bucket: "
                          + (f"of {choose.BUCKET}" if wanted.shapes == "bounded" else "a power of two, 4/3 on average"))
     else:
-        lines += ["speed: by arithmetic on the best mesh, micro-batches and remat of each slice, without start-up",
-                  "GPUs: a roofline of their datasheets, with shares of the peak that were fitted to TPU schedules"]  # fmt: skip
+        lines += [
+            "speed: by arithmetic on the best mesh, micro-batches and remat of each slice, without start-up",
+            "GPUs: a roofline of their datasheets, with shares of the peak that were fitted to TPU schedules",
+        ]
     if wanted.code == "pytorch":
         lines += listed.told("porting.tpu_hours", "engineering.usd_hour")
     return lines
