@@ -42,6 +42,8 @@ examples:
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
   gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them
   gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml      does it fit, how fast, how much: before anything is rented
+  gemma-tpu cost configs/gemma4_31b_v5p8_fast.yaml --serve-on v6e-8 --against h100x2    training and serving in dollars
+  gemma-tpu choose configs/workloads/serve_31b_chat.yaml      which accelerators suit, ranked by cost
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right

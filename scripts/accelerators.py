@@ -270,7 +270,7 @@ def text(measured: Mapping[str, Any]) -> str:
     lone = {name: server(name).step_s(1, 640) * 1e3 for name, _ in PAIR}
     waste, at = measured["waste"], "1024"
     one_row = 1 - waste[at]["pad"]
-    template = (Path(__file__).parent / "accelerators.md.txt").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "accelerators_template.md").read_text(encoding="utf-8")
     return template.format(
         chips=table(("chip", "bf16 TFLOP/s", "HBM GiB", "HBM GB/s", "FLOPs a byte at the ridge", "links GB/s",
                      "$/h", "TFLOP/s for $1/h", "GB/s for $1/h", "source of the speeds"), chip_rows()),

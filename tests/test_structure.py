@@ -20,8 +20,8 @@ ORDER = """
     tokenizer datafiles records turns formats transforms rows encoding workers tokens packing selection corpus
     data pairs hlo trips flops traffic links work timeline walk buffers splash attention projection experts
     kv_cache model sites lora loading start loss optim job budget roofline inference cost paper advice flags
-    step preference program compiling runs metrics tracing checkpoint faults oom meter trackers logbook drawing decoding sampler
-    previews page report train adapters asking completions endpoint chat sample_cli blas stage layout
+    step preference program compiling runs metrics tracing checkpoint faults oom meter trackers logbook drawing
+    decoding sampler previews page report train adapters asking completions endpoint chat sample_cli blas stage layout
     destination patch difference tunix card merging layerwise clients verify sandbox verilog_code verilog
     verilog_eval stats samples answering verilog_prompts own_prompts scorecard contamination scoring evaluate
     validate subject calibration workload plan plan_text sweep plan_page plan_cli cost_sources costing
@@ -36,10 +36,10 @@ WITHOUT_JAX = """
     sources transfer header shards weights lowrank quantise staging updates peft_folder sizes template tokenizer
     datafiles records turns formats transforms rows encoding workers tokens packing selection corpus data pairs
     hlo trips flops traffic links work timeline walk buffers job budget roofline inference cost paper advice
-    flags compiling runs metrics asking endpoint chat sample_cli faults trackers page report blas stage layout destination patch
-    difference tunix card sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts
-    own_prompts scorecard contamination scoring eval_page arguments eval_cli subject calibration workload
-    plan_cli cost_cli demand choose_cli display data_text data_page data_cli train_cli tiny_tokenizer
+    flags compiling runs metrics asking endpoint chat sample_cli faults trackers page report blas stage layout
+    destination patch difference tunix card sandbox verilog_code verilog verilog_eval stats samples answering
+    verilog_prompts own_prompts scorecard contamination scoring eval_page arguments eval_cli subject calibration
+    workload plan_cli cost_cli demand choose_cli display data_text data_page data_cli train_cli tiny_tokenizer
     tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli cli
 """.split()
 
