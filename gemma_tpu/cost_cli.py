@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ Result = dict[str, Any]
 ABOUT = "what training and serving cost: a run, a million tokens, an evaluation, hours and tokens of service"
 EXAMPLE = "gemma-tpu cost configs/gemma4_31b_v5p8_fast.yaml --serve-on v6e-8 --against h100x2 --html cost.html"
 LOAD = "1024/512"
+HOURS, TOKENS = (1.0, 8.0, 24.0), (1e8, 1e9)
 
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
@@ -27,8 +28,8 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--serve", metavar="BENCH", help="JSON of `gemma-tpu bench` or `vllm bench serve`; or "
                      "paper:tpu/4096 and the like")
     one.add_argument("--serve-on", metavar="SLICE", help="where it serves; without --serve by arithmetic")
-    one.add_argument("--load", metavar="IN/OUT[@ROWS]", default=LOAD, help="requests of the arithmetic, and how many "
-                     "at once (%(default)s, as many as fit)")  # fmt: skip
+    one.add_argument("--load", metavar="IN/OUT[@ROWS]", help="requests of the arithmetic, and how many at once "
+                     f"({LOAD}, as many as fit)")  # fmt: skip
     one.add_argument("--model", metavar="MODEL", help="what is served, where TRAINING does not say")
     one.add_argument("--pay", choices=prices.WAYS, default="on-demand", help="(%(default)s)")
     group = one.add_argument_group("the other side of a comparison")
@@ -41,8 +42,8 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     more = one.add_argument_group("what else is paid")
     more.add_argument("--engineering-hours", metavar="H", type=amount, default=0.0, help="once, e.g. porting (0)")
     more.add_argument("--storage-gb", metavar="GB", type=amount, default=0.0, help="while it serves (0)")
-    more.add_argument("--hours", metavar="H,H", type=amounts, default=(1.0, 8.0, 24.0), help="of serving (1,8,24)")
-    more.add_argument("--tokens", metavar="N,N", type=amounts, default=(1e8, 1e9), help="served (1e8,1e9)")
+    more.add_argument("--hours", metavar="H,H", type=amounts, help="of serving (1,8,24)")
+    more.add_argument("--tokens", metavar="N,N", type=amounts, help="served (1e8,1e9)")
     tuned = one.add_argument_group("an optimisation: --serve is what came of it")
     tuned.add_argument("--before", metavar="BENCH", help="a bench's JSON of before")
     tuned.add_argument("--effort-hours", metavar="H", type=amount, default=0.0, help="of an engineer, for it (0)")
@@ -92,16 +93,28 @@ def _check(args: argparse.Namespace) -> None:
                         "--serve-on SLICE; --paper alone shows the paper's tables")  # fmt: skip
     if args.before and not args.serve:
         raise UserError("--before needs --serve: the bench of what the optimisation came to")
-    needed = {"--effort-hours": args.effort_hours, "--tokens-per-day": args.tokens_per_day}
-    idle = [name for name, value in needed.items() if value and not args.before]
-    second = [args.against, args.against_training, args.against_serve, args.against_serve_on]
-    other = {"--against-pay": args.against_pay, "--against-engineering-hours": args.against_engineering_hours}
-    idle += [name for name, value in other.items() if value and not any(second)]
+    idle = list(_idle(args))
     if idle:
-        raise UserError(f"{' and '.join(idle)}: nothing there to act on; give --before BENCH for an optimisation, "
-                        "--against SLICE for a comparison")  # fmt: skip
+        raise UserError("these options would change nothing:\n  " + "\n  ".join(idle))
     if args.tokens_per_day == 0:
         raise UserError("--tokens-per-day 0: must be above 0")
+
+
+def _idle(args: argparse.Namespace) -> Iterator[str]:
+    """Options that are given and have nothing to act on, each with what it wants."""
+    second = any([args.against, args.against_training, args.against_serve, args.against_serve_on])
+    here = args.serve or args.serve_on
+    served = here or args.against_serve or args.against_serve_on
+    reckoned = (args.serve_on and not args.serve) or (args.against_serve_on and not args.against_serve) or (
+        args.against and here and not args.against_serve)  # fmt: skip
+    wants = [
+        (args.before, "--before BENCH", ("effort_hours", "tokens_per_day")),
+        (second, "--against SLICE", ("against_pay", "against_engineering_hours")),
+        (served, "--serve BENCH or --serve-on SLICE", ("model", "hours", "tokens", "storage_gb")),
+        (reckoned, "--serve-on SLICE without --serve", ("load",)), (args.training, "TRAINING", ("on",)),
+    ]  # fmt: skip
+    for there, what, names in wants:
+        yield from (f"--{name.replace('_', '-')} needs {what}" for name in names if getattr(args, name) and not there)
 
 
 def _report(args: argparse.Namespace) -> Any:
@@ -111,7 +124,7 @@ def _report(args: argparse.Namespace) -> Any:
     listed, changes = _split(args)
     training, model = cost_sources.training(args.training, args.on, changes) if args.training else (None, "")
     arch = _architecture(args.model or model, needed=bool(args.serve_on or args.against) and not args.serve)
-    load, rows = _load(args.load)
+    load, rows = _load(args.load or LOAD)
 
     def serving(bench: str | None, on: str | None) -> Any:
         from gemma_tpu import chips
@@ -138,7 +151,7 @@ def _report(args: argparse.Namespace) -> Any:
         effort = args.effort_hours * listed["engineering.usd_hour"]
         optimisation = cost.Optimisation(before, first.serving, before.usd_per_million(hour),
                                          first.serving.usd_per_million(hour), effort)  # fmt: skip
-    return Report(listed, _named(sides), args.hours, args.tokens, optimisation, args.tokens_per_day)
+    return Report(listed, _named(sides), args.hours or HOURS, args.tokens or TOKENS, optimisation, args.tokens_per_day)
 
 
 def _split(args: argparse.Namespace) -> tuple[prices.Prices, list[str]]:
@@ -212,12 +225,14 @@ def _paper(args: argparse.Namespace) -> tuple[Result, int]:
 
     if (args.prices or paper.SET) != paper.SET:
         raise UserError(f"--paper: its tables are made of its own prices; --prices must be {paper.SET}")
-    other = [args.training, args.serve, args.serve_on, args.against, args.against_training, args.against_serve,
-             args.against_serve_on, args.before, *args.overrides]  # fmt: skip
-    if any(other):
-        raise UserError(f"--paper: stands alone; leave out {' '.join(str(one) for one in other if one)}")
+    goes_with = ("paper", "prices", "html", "json", "hours", "tokens", "command", "parser")
+    other = [f"{name}={value}" for name, value in vars(args).items()
+             if name not in goes_with and value != args.parser.get_default(name)]  # fmt: skip
+    if other:
+        raise UserError(f"--paper: stands alone; leave out {', '.join(other)}")
     print(cost_text.paper_text())
-    report = costing.Report(prices.load(paper.SET), tuple(paper.sides().values()), args.hours, args.tokens)
+    report = costing.Report(prices.load(paper.SET), tuple(paper.sides().values()), args.hours or HOURS,
+                            args.tokens or TOKENS)
     if args.html:
         from gemma_tpu import cost_page
 

@@ -236,12 +236,14 @@ def test_pages_keep_prediction_and_measurement_apart(capsys, tmp_path):
     ([CONFIG, "--pay", "own"], "TPUs are rented, not sold"),
     ([CONFIG, "engineering.usd=1"], "did you mean engineering.usd_hour?"),
     ([CONFIG, "optim.lrr=1"], "did you mean optim.lr?"), ([CONFIG, "--on", "v6e-1"], "does not fit v6e-1"),
-    ([CONFIG, "--effort-hours", "3"], "--effort-hours: nothing there to act on"),
-    ([CONFIG, "--against-pay", "spot"], "--against-pay: nothing there to act on"),
+    ([CONFIG, "--effort-hours", "3"], "--effort-hours needs --before BENCH"),
+    ([CONFIG, "--against-pay", "spot"], "--against-pay needs --against SLICE"),
     ([CONFIG, "--before", "x.json"], "--before needs --serve"),
     (["paper:cpu"], "the paper measured paper:tpu, paper:gpu"), (["--paper", CONFIG], "--paper: stands alone"),
     (["--paper", "--prices", "catalogue-2026-11"], "must be paper-2026-05"),
-    (["train.steps=3"], "the cost of what?"),
+    (["train.steps=3"], "the cost of what?"), ([CONFIG, "--load", "1/1"], "--load needs --serve-on SLICE"),
+    ([CONFIG, "--storage-gb", "9", "--hours", "3"], "--storage-gb needs --serve BENCH or --serve-on SLICE"),
+    (["--paper", "--pay", "spot"], "leave out pay=spot"),
     (["optim.lr=3", "--serve-on", "v6e-8"], "no config that this could change"),
 ])  # fmt: skip
 def test_a_wrong_call_is_one_clear_message(capsys, words, rule):
