@@ -28,6 +28,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--serve", metavar="BENCH", help="JSON of `gemma-tpu bench` or `vllm bench serve`; or "
                      "paper:tpu/4096 and the like")
     one.add_argument("--serve-on", metavar="SLICE", help="where it serves; without --serve by arithmetic")
+    one.add_argument("--at", metavar="QPS", help="of every bench's sweep the point at this rate")
     one.add_argument("--load", metavar="IN/OUT[@ROWS]", help="requests of the arithmetic, and how many at once "
                      f"({LOAD}, as many as fit)")  # fmt: skip
     one.add_argument("--model", metavar="MODEL", help="what is served, where TRAINING does not say")
@@ -110,6 +111,7 @@ def _idle(args: argparse.Namespace) -> Iterator[str]:
     wants = [
         (args.before, "--before BENCH", ("effort_hours", "tokens_per_day")),
         (second, "--against SLICE", ("against_pay", "against_engineering_hours")),
+        (args.serve or args.against_serve, "--serve BENCH", ("at",)),
         (served, "--serve BENCH or --serve-on SLICE", ("model", "hours", "tokens", "storage_gb")),
         (reckoned, "--serve-on SLICE without --serve", ("load",)), (args.training, "TRAINING", ("on",)),
     ]  # fmt: skip
@@ -130,7 +132,7 @@ def _report(args: argparse.Namespace) -> Any:
         from gemma_tpu import chips
 
         if bench:
-            return cost_sources.bench(bench, on, arch)
+            return cost_sources.bench(bench, on, arch, args.at)
         return cost_sources.reckoned(arch, chips.find(on), load, rows) if on else None
 
     first = cost.side(
@@ -146,7 +148,7 @@ def _report(args: argparse.Namespace) -> Any:
         ))  # fmt: skip
     optimisation = None
     if args.before:
-        before = cost_sources.bench(args.before, args.serve_on, arch)
+        before = cost_sources.bench(args.before, args.serve_on, arch, args.at)
         hour = cost.serving_hour(before, listed, args.pay).usd
         effort = args.effort_hours * listed["engineering.usd_hour"]
         optimisation = cost.Optimisation(before, first.serving, before.usd_per_million(hour),

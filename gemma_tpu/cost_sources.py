@@ -132,20 +132,31 @@ def _json(path: Path) -> Mapping[str, Any]:
 # --- serving ---
 
 
-def bench(source: str, on: str | None, arch: Architecture | None) -> Serving:
-    """A bench's JSON: ours, or a result file of `vllm bench serve`; `paper:tpu/4096` is what the paper printed."""
+def bench(source: str, on: str | None, arch: Architecture | None, at: str | None = None) -> Serving:
+    """A bench's JSON: ours, or a result file of `vllm bench serve`; `paper:tpu/4096` is what the paper printed.
+
+    `at` picks the point of a sweep with that rate of requests; else it is the one with the most output tokens.
+    """
     if source.startswith(PAPER):
         return _of_paper(source, on)
+    path = Path(source).expanduser()
+    on = on or _json(path).get("on")  # where our own bench was told
     if on is None:
         raise UserError(f"{source}: on which slice was it measured? Give --serve-on SLICE (--against-serve-on)")
-    path = Path(source).expanduser()
     tree, place = _json(path), chips.find(on)
+    if at is not None:
+        tree = _point(path, tree, at)
     rate = tree.get("output_throughput")
     if not _positive(rate):
         raise UserError(f"{path}: output_throughput is {rate!r}; what `gemma-tpu bench --json` or `vllm bench serve "
                         "--save-result` writes has output tokens a second there")  # fmt: skip
     failed = tree.get("failed") or 0
     told = f"{path}: {tree.get('completed', '?')} requests measured" + (f", {failed} failed" if failed else "")
+    told += f", at {at} a second" if at is not None else ""
+    if len(tree.get("points") or ()) > 1:
+        told += f", the point with the most output tokens of {len(tree['points'])} (--at QPS for another)"
+    doubts = tree.get("flags")
+    told += f"; the bench has doubts: {'; '.join(map(str, doubts))}" if doubts else ""
     load, latency = _load_of(tree), _latencies(path, tree)
     prompt_rate = rate / load.output * load.prompt if load else None
     mfu = bound = None
@@ -178,8 +189,31 @@ def _bound(arch: Architecture, place: Slice, load: Load, rows: int) -> float | N
     return max(rates, default=None)
 
 
+def _point(path: Path, tree: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+    """The point of a sweep that was measured at this rate."""
+    points = tree.get("points")
+    if not isinstance(points, list) or not points:
+        raise UserError(f"--at {at}: {path} is no sweep with points at several rates")
+    found = [one for one in points if _rate(one.get("qps")) == _rate(at)]
+    if len(found) != 1:
+        rates = ", ".join(str(one.get("qps")) for one in points)
+        many = "has no point" if not found else f"has {len(found)} points"
+        raise UserError(f"--at {at}: {path} {many} at that rate; it has {rates}")
+    return found[0]
+
+
+def _rate(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def _load_of(tree: Mapping[str, Any]) -> Load | None:
-    """The mean request."""
+    """The mean request: as asked for, else as counted."""
+    asked = tree.get("point") or tree
+    if _positive(asked.get("input")) and _positive(asked.get("output")):
+        return Load(round(asked["input"]), round(asked["output"]))
     done, read, written = (tree.get(key) for key in ("completed", "total_input_tokens", "total_output_tokens"))
     if not all(map(_positive, (done, read, written))):
         return None

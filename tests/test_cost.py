@@ -186,6 +186,26 @@ def test_a_bench_of_ours_and_of_vllm_give_the_same(capsys, tmp_path):
     assert 0 < results[0]["utilisation"]["mfu"] < results[0]["utilisation"]["of_bound"] < 1
 
 
+def test_of_a_sweep_the_point_at_the_asked_rate_is_taken(capsys, tmp_path):
+    """As `gemma-tpu bench --json` prints it: the best point on top, all of them below."""
+    def point(qps, rate):
+        figures = {"output_throughput": rate, "completed": 30, "failed": 0, "duration": 9.0}
+        return figures | {"input": 512, "output": 256, "qps": qps, "ttft_ms": {"p50": qps * 1.0, "p99": None}}
+
+    points = [point(1, 200.0), point(8, 900.0)]
+    tree = {**points[1], "point": {"input": 512, "output": 256, "qps": 8}, "on": "v6e-8", "flags": ["too short"],
+            "points": points}  # fmt: skip
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(tree))
+    best, low = (run(capsys, "--serve", str(file), "--model", "gemma-4-31B-it", *more)[1]["sides"][0]["serving"]
+                 for more in ([], ["--at", "1"]))  # fmt: skip
+    assert best["output_tokens_per_s"] == 900 and low["output_tokens_per_s"] == 200
+    assert low["latency_ms"]["ttft"] == {"p50": 1.0} and low["prompt_tokens_per_s"] == 400
+    assert "too short" in best["source"] and "of 2 (--at QPS" in best["source"] and "at 1 a second" in low["source"]
+    assert main(["cost", "--serve", str(file), "--at", "3"]) == 2
+    assert "has no point at that rate; it has 1, 8" in capsys.readouterr().err
+
+
 def test_before_and_after_say_when_it_is_repaid_and_what_became_worse(capsys, tmp_path):
     before, after = bench(tmp_path / "b.json", 500.0), bench(tmp_path / "a.json", 1000.0, p99=900.0)
     words = ["--before", before, "--serve", after, "--serve-on", "v6e-8", "--effort-hours", "12",
@@ -227,7 +247,7 @@ def test_pages_keep_prediction_and_measurement_apart(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "rule"), [
-    ([], "the cost of what?"), (["--serve", "no.json"], "on which slice was it measured?"),
+    ([], "the cost of what?"), (["--serve", "no.json"], "no.json: cannot be read"),
     (["--serve", "no.json", "--serve-on", "v6e-8"], "no.json: cannot be read"),
     (["--serve-on", "v6e-8"], "which model is served?"),
     (["--serve-on", "v6e-1", "--model", "gemma-4-31B-it"], "cannot serve"),
@@ -260,6 +280,9 @@ def test_files_that_are_something_else_are_refused(capsys, tmp_path):
                        ('{"slice": "v6e-8", "hours": null, "fits": true}', "did not know how long")):  # fmt: skip
         other.write_text(text)
         assert main(["cost", str(other)]) == 2 and rule in capsys.readouterr().err
+    other.write_text('{"output_throughput": 5, "ttft_ms": {"p50": 1}}')
+    assert main(["cost", "--serve", str(other)]) == 2
+    assert "on which slice was it measured?" in capsys.readouterr().err
     other.write_text('{"output_throughput": 0}')
     assert main(["cost", "--serve", str(other), "--serve-on", "v6e-8"]) == 2
     assert "output_throughput is 0" in capsys.readouterr().err
