@@ -5,6 +5,7 @@ that measured servers reached. What a figure is made of stands beside it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -69,8 +70,10 @@ def _refusals(demand: Demand, place: Slice, prices: Prices) -> Iterator[str]:
     tpu = place.chip.kind == "tpu"
     if demand.where == "on-premises" and tpu:
         yield "TPUs run in Google Cloud alone, and you need hardware on your premises"
-    if demand.where == "google-cloud" and not tpu and "a3" not in str(place.chip.sources["prices"]):
-        yield f"its price is not of Google Cloud ({place.chip.sources['prices']})"
+    if demand.where == "google-cloud" and not tpu and prices.knows(place, way(demand)):
+        source = prices.hour(place, way(demand)).source
+        if place.name not in prices.machines and not re.search("Google|a3-", source):
+            yield f"its price is not of Google Cloud ({source})"
     if demand.custom_ops == "cuda" and tpu:
         yield "your CUDA kernels do not run on a TPU: each would be written again in Pallas"
     if demand.custom_ops == "pallas" and not tpu:
@@ -116,15 +119,17 @@ def _trained(demand: Demand, place: Slice, prices: Prices, model: subject.Subjec
     steps = math.ceil(positions / best.job.tokens_per_update)
     load = Workload(steps, round(demand.tokens), 1 - demand.tokens / positions, "the workload file", False)
     made = plan.make(chosen, demand.config, place, model, load, compiled=False, suggest=False)
-    training = cost.Training(place, made.hours, demand.tokens, False, "planned")
+    compiling = prices["compile.tpu_minutes"] / 60 if place.chip.kind == "tpu" and demand.changes == "often" else 0.0
+    training = cost.Training(place, made.hours + compiling, demand.tokens, False, "planned")
     usd = sum(cost.run_usd(training, prices, way(demand))) / 2
-    hours = cost.preempted(made.hours, prices).hours if way(demand) == "spot" else made.hours
+    hours = cost.preempted(training.hours, prices).hours if way(demand) == "spot" else training.hours
     if demand.deadline_hours is not None and hours > demand.deadline_hours:
         return Choice(place, (f"{hours:.1f} h, and the deadline is {demand.deadline_hours:g}",), hours=hours)
     parts, whole = made.estimate.parts, sum(made.estimate.parts.values())
     links = (parts["fsdp links"] + parts["tp links"]) / whole
     notes = [f"padding {1 - demand.tokens / positions:.0%}"]
     notes += [f"links {links:.0%} of a step"] if links > 0.02 else []
+    notes += [f"compiles for {compiling * 60:g} min"] if compiling else []
     notes += [f"{made.peak_gib * place.chip.devices:.0f} of {place.chip.hbm_gib:.0f} GiB"]
     return Choice(
         place, (), usd * demand.runs + _porting(demand, place, prices), usd / demand.tokens * 1e6,
@@ -146,16 +151,21 @@ def padded_prompt(demand: Demand, place: Slice) -> int:
 
 def _served(demand: Demand, place: Slice, prices: Prices, model: subject.Subject) -> Choice:
     load, share = Load(padded_prompt(demand, place), int(demand.output_tokens)), paper.reached(place.chip.kind)
-    server, why = fastest(model.architecture, place, load, kv_bytes=demand.kv_bytes)
-    if server is None:
+    first, why = fastest(model.architecture, place, load, kv_bytes=demand.kv_bytes)
+    if first is None:
         return Choice(place, (why,))
-    ttft = server.prefill_s(load.prompt) / share * 1e3
+    roomy = [one for one in inference.servers(model.architecture, place, demand.kv_bytes) if one.most_rows(load)]
+    ttft = min(one.prefill_s(load.prompt) for one in roomy) / share * 1e3
     if demand.ttft_ms is not None and ttft > demand.ttft_ms:
         return Choice(place, (f"a lone prompt takes {ttft:,.0f} ms, and ttft_ms is {demand.ttft_ms:g}",))
-    rows = _rows_within(server, load, share, demand.tpot_ms)
-    if rows == 0:
-        least = server.tpot_s(load, 1) / share * 1e3
+    limit = math.inf if demand.ttft_ms is None else demand.ttft_ms
+    prompt = [one for one in roomy if one.prefill_s(load.prompt) / share * 1e3 <= limit]
+    suited = [(one, rows) for one in prompt if (rows := _rows_within(one, load, share, demand.tpot_ms))]
+    if not suited:
+        least = min(one.tpot_s(load, 1) for one in prompt) / share * 1e3
         return Choice(place, (f"{least:,.0f} ms between tokens of a lone request, and tpot_ms is {demand.tpot_ms:g}",))
+    server, rows = max(suited, key=lambda pair: pair[0].output_tokens_per_s(load, pair[1]))
+    ttft = server.prefill_s(load.prompt) / share * 1e3
     most = server.output_tokens_per_s(load, rows) * share
     needed = demand.requests_per_s * demand.output_tokens
     count = math.ceil(needed / (most * BUSY))
@@ -166,6 +176,8 @@ def _served(demand: Demand, place: Slice, prices: Prices, model: subject.Subject
     hour = cost.serving_hour(serving, prices, way(demand)).usd * count
     parts = server.step_parts(rows, load.prompt + load.output / 2)
     notes = [f"tp {server.tp}", f"{rows} requests at once", f"{needed / (count * most):.0%} busy"]
+    if place.chip.kind == "tpu" and demand.changes == "often":
+        notes.append(f"each change compiles for {prices['compile.tpu_minutes']:g} min")
     if load.prompt > demand.prompt_tokens:
         notes.append(f"prompts padded to {load.prompt:,}")
     return Choice(

@@ -80,6 +80,8 @@ def assumptions(wanted: Any, suits: list[Any], listed: prices.Prices) -> list[st
             "GPUs: a roofline of their datasheets, with shares of the peak that were fitted to TPU schedules",
             "the only measurements to hold it to: the paper's own programs, 763 tokens/s on v5p-8 and 486 on h100x2",
         ]
+    if wanted.changes == "often":
+        lines += listed.told("compile.tpu_minutes")
     if wanted.code == "pytorch":
         lines += listed.told("porting.tpu_hours", "engineering.usd_hour")
     return lines

@@ -138,12 +138,15 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
     `at` picks the point of a sweep with that rate of requests; else it is the one with the most output tokens.
     """
     if source.startswith(PAPER):
+        if at is not None:
+            raise UserError(f"--at {at}: {source} is one point of the paper, which printed no others")
         return _of_paper(source, on)
     path = Path(source).expanduser()
-    on = on or _json(path).get("on")  # where our own bench was told
+    tree = _json(path)
+    on, doubts = on or tree.get("on"), tree.get("flags")  # our own bench knows where, and what to doubt
     if on is None:
         raise UserError(f"{source}: on which slice was it measured? Give --serve-on SLICE (--against-serve-on)")
-    tree, place = _json(path), chips.find(on)
+    place = chips.find(on)
     if at is not None:
         tree = _point(path, tree, at)
     rate = tree.get("output_throughput")
@@ -155,7 +158,6 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
     told += f", at {at} a second" if at is not None else ""
     if len(tree.get("points") or ()) > 1:
         told += f", the point with the most output tokens of {len(tree['points'])} (--at QPS for another)"
-    doubts = tree.get("flags")
     told += f"; the bench has doubts: {'; '.join(map(str, doubts))}" if doubts else ""
     load, latency = _load_of(tree), _latencies(path, tree)
     prompt_rate = rate / load.output * load.prompt if load else None

@@ -27,7 +27,7 @@ VALUE = {"value": True, "from": True, "date": True}
 SHARES = ("own.utilisation", "own.upkeep_per_year", "own.idle_power")
 MAY_BE_ZERO = ("spot.preemptions_per_hour", "spot.save_seconds", "spot.restart_minutes", "own.upkeep_per_year",
                "own.idle_power", "own.usd_kwh", "storage.usd_gb_month", "engineering.usd_hour",
-               "porting.tpu_hours")  # fmt: skip
+               "porting.tpu_hours", "compile.tpu_minutes")  # fmt: skip
 
 
 @dataclass(frozen=True)

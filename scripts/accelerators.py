@@ -97,7 +97,7 @@ def batch(what: str) -> str:
             seen = prompts / point[kind] * 1e3
         curves.append(Curve(points, PREDICTED[number], f"{name}, at most" if what == "rate" else ""))
         if what != "rate":  # its lines end where the measured dots are: named at their beginning
-            dots.append(Dot(*points[1], f"{name}, at least", f"{points[1][1]:,.1f}", PREDICTED[number], 3.5))
+            curves.append(Curve(points[:5], PREDICTED[number], f"{name}, at least"))
         measured.append((seen, name, MEASURED[number]))
         most = max(most, seen, *(y for _, y in points))
     label = ", ".join(f"{name} {seen:,.4g}" for seen, name, _ in sorted(measured, reverse=True))

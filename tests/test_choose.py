@@ -54,6 +54,22 @@ def test_shapes_that_nobody_knows_cost_tpus_and_not_gpus():
     assert free["h100x2"].tokens_per_s == fixed["h100x2"].tokens_per_s
 
 
+def test_a_graph_that_changes_often_compiles_again_on_tpus_alone(monkeypatch):
+    monkeypatch.setattr(choose, "SLICES", ("v6e-8",))
+    monkeypatch.setattr(choose, "MORE", ("h200x1",))
+    often, rarely = (suiting(choose.choose(demand.Demand(**TRAIN, changes=changes), prices.load()))
+                     for changes in ("often", "rarely"))  # fmt: skip
+    assert often["v6e-8"].hours - rarely["v6e-8"].hours == pytest.approx(5.5 / 60)
+    assert often["h200x1"].usd == rarely["h200x1"].usd
+
+
+def test_the_split_that_meets_the_latency_is_taken_before_the_fastest():
+    """Two copies of the model make more tokens than one on twice the chips, and begin later."""
+    free, quick = suiting(serve())["b200x2"], suiting(serve(ttft_ms=30))["b200x2"]
+    assert quick.latency_ms[0] <= 30 < suiting(serve())["b200x1"].latency_ms[0]
+    assert free.tokens_per_s >= quick.tokens_per_s
+
+
 def test_porting_is_paid_where_code_for_gpus_is_to_run_on_a_tpu():
     own, ours = suiting(serve(code="pytorch")), suiting(serve())
     assert own["v6e-8"].usd - ours["v6e-8"].usd == pytest.approx(4000)  # 40 h at $100

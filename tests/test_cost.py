@@ -263,6 +263,7 @@ def test_pages_keep_prediction_and_measurement_apart(capsys, tmp_path):
     (["--paper", "--prices", "catalogue-2026-11"], "must be paper-2026-05"),
     (["train.steps=3"], "the cost of what?"), ([CONFIG, "--load", "1/1"], "--load needs --serve-on SLICE"),
     ([CONFIG, "--storage-gb", "9", "--hours", "3"], "--storage-gb needs --serve BENCH or --serve-on SLICE"),
+    (["--serve", "paper:tpu/512", "--at", "4"], "is one point of the paper"),
     (["--paper", "--pay", "spot"], "leave out pay=spot"),
     (["optim.lr=3", "--serve-on", "v6e-8"], "no config that this could change"),
 ])  # fmt: skip
