@@ -28,7 +28,8 @@ class Source:
     date: str  # ISO, or "unknown"
 
     def __str__(self) -> str:
-        return f"{self.text}, {self.date}" if self.date else self.text
+        date = "date unknown" if self.date == "unknown" else self.date
+        return f"{self.text}, {date}" if date else self.text
 
 
 @dataclass(frozen=True)

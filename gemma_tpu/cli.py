@@ -20,7 +20,9 @@ from gemma_tpu import (
     __version__,
     assets,
     bench_cli,
+    choose_cli,
     config,
+    cost_cli,
     data_cli,
     devices,
     eval_cli,
@@ -48,6 +50,8 @@ examples:
   gemma-tpu validate configs/tiny_cpu.yaml              what is wrong with a config, before it costs anything
   gemma-tpu data configs/tiny_cpu.yaml --show 3         the rows it trains on, and which tokens of them
   gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml      does it fit, how fast, how much: before anything is rented
+  gemma-tpu cost configs/gemma4_31b_v5p8_fast.yaml --serve-on v6e-8 --against h100x2    training and serving in dollars
+  gemma-tpu choose configs/workloads/serve_31b_chat.yaml      which accelerators suit, ranked by cost
   gemma-tpu train configs/tiny_cpu.yaml optim.lr=1e-3   train; the same command again goes on where it stopped
   gemma-tpu merge runs/tiny_cpu                         the adapter into the base's safetensors
   gemma-tpu verify runs/tiny_cpu                        proof that the merge is right
@@ -246,6 +250,8 @@ def _add_configured(commands: Any) -> None:
     launch_cli.add_arguments(_command(commands, "launch", launch_cli.run, launch_cli.ABOUT, launch_cli.EXAMPLE))
     serve_cli.add_arguments(_command(commands, "serve", serve_cli.run, serve_cli.ABOUT, serve_cli.EXAMPLE))
     bench_cli.add_arguments(_command(commands, "bench", bench_cli.run, bench_cli.ABOUT, bench_cli.EXAMPLE))
+    cost_cli.add_arguments(_command(commands, "cost", cost_cli.run, cost_cli.ABOUT, cost_cli.EXAMPLE))
+    choose_cli.add_arguments(_command(commands, "choose", choose_cli.run, choose_cli.ABOUT, choose_cli.EXAMPLE))
 
 
 def _add_tiny(commands: Any) -> None:

@@ -15,18 +15,19 @@ PACKAGE = ROOT / "gemma_tpu"
 
 # A module imports only from those to its left.
 ORDER = """
-    errors assets schema config overlay chips clouds devices distributed variants hf_config torus mesh retry
-    remote hub sources transfer header shards weights lowrank quantise staging updates peft_folder streaming
-    sizes template tokenizer datafiles records turns formats transforms rows encoding workers tokens packing
-    selection corpus data pairs hlo trips flops traffic links work timeline walk buffers splash attention
-    projection experts kv_cache model sites lora loading start loss optim job budget roofline advice flags step
-    preference program compiling runs metrics columns tracing checkpoint faults oom meter trackers logbook
-    drawing row_drawing decoding sampler previews page report comparison comparison_page train adapters asking
-    completions endpoint chat sample_cli lite_fields lite_requests lite_programs lite_batch lite_answers
-    lite_metrics lite_engine lite_app blas stage layout destination patch difference tunix card merging
-    layerwise clients verify sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts
-    own_prompts scorecard contamination scoring evaluate validate subject calibration workload plan plan_text
-    sweep plan_page plan_cli eval_page arguments lite_cli eval_cli display data_text data_page data_cli
+    errors assets schema config overlay chips clouds prices devices distributed variants hf_config torus mesh
+    retry remote hub sources transfer header shards weights lowrank quantise staging updates peft_folder
+    streaming sizes template tokenizer datafiles records turns formats transforms rows encoding workers tokens
+    packing selection corpus data pairs hlo trips flops traffic links work timeline walk buffers splash
+    attention projection experts kv_cache model sites lora loading start loss optim job budget roofline
+    inference cost paper advice flags step preference program compiling runs metrics columns tracing checkpoint
+    faults oom meter trackers logbook drawing row_drawing decoding sampler previews page report comparison
+    comparison_page train adapters asking completions endpoint chat sample_cli lite_fields lite_requests
+    lite_programs lite_batch lite_answers lite_metrics lite_engine lite_app blas stage layout destination patch
+    difference tunix card merging layerwise clients verify sandbox verilog_code verilog verilog_eval stats
+    samples answering verilog_prompts own_prompts scorecard contamination scoring evaluate validate subject
+    calibration workload plan plan_text sweep plan_page plan_cli cost_sources costing cost_text cost_page
+    cost_cli demand choose choose_cli eval_page arguments lite_cli eval_cli display data_text data_page data_cli
     rehearsal mirrored train_cli launching manifests launch_script scripts launch_cli hub_cache serving_memory
     serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals
     points latencies wire bench_prompts exchange load scrape saturation serving_floor doubts vllm_result
@@ -36,19 +37,19 @@ ORDER = """
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = """
-    errors assets schema config overlay chips clouds devices distributed variants hf_config torus retry remote
-    hub sources transfer header shards weights lowrank quantise staging updates peft_folder sizes template
-    tokenizer datafiles records turns formats transforms rows encoding workers tokens packing selection corpus
-    data pairs hlo trips flops traffic links work timeline walk buffers job budget roofline advice flags
-    compiling runs metrics columns comparison comparison_page asking endpoint chat sample_cli lite_fields
-    lite_requests lite_cli faults trackers page report blas stage layout destination patch difference tunix card
-    sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts scorecard
-    contamination scoring eval_page arguments eval_cli subject calibration workload plan_cli display data_text
-    data_page data_cli mirrored train_cli launching manifests launch_script scripts launch_cli hub_cache
-    serving_memory serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny
-    handoff_cli arrivals points latencies wire bench_prompts exchange load scrape saturation serving_floor
-    doubts vllm_result bench_file bench bench_text bench_page bench_cli catalogue json_schema doctor completion
-    find_cli cli
+    errors assets schema config overlay chips clouds prices devices distributed variants hf_config torus retry
+    remote hub sources transfer header shards weights lowrank quantise staging updates peft_folder sizes
+    template tokenizer datafiles records turns formats transforms rows encoding workers tokens packing selection
+    corpus data pairs hlo trips flops traffic links work timeline walk buffers job budget roofline inference
+    cost paper advice flags compiling runs metrics columns comparison comparison_page asking endpoint chat
+    sample_cli lite_fields lite_requests lite_cli faults trackers page report blas stage layout destination
+    patch difference tunix card sandbox verilog_code verilog verilog_eval stats samples answering
+    verilog_prompts own_prompts scorecard contamination scoring eval_page arguments eval_cli subject calibration
+    workload plan_cli cost_cli demand choose_cli display data_text data_page data_cli mirrored train_cli
+    launching manifests launch_script scripts launch_cli hub_cache serving_memory serving serve_cli
+    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals points latencies
+    wire bench_prompts exchange load scrape saturation serving_floor doubts vllm_result bench_file bench
+    bench_text bench_page bench_cli catalogue json_schema doctor completion find_cli cli
 """.split()
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
