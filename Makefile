@@ -5,6 +5,7 @@ ARGS ?=
 
 BIN := .venv/bin
 CLI := $(BIN)/gemma-tpu
+CLIENTS := .client-envs
 PEERS := benchmarks/peers_cpu.py benchmarks/tunix_walk.py
 RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; \
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
@@ -13,7 +14,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
 .PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers docs clean test-baseline
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  variables:      CONFIG=$(CONFIG) RUN=<its run_dir> ARGS="optim.lr=1e-3 ..." PYTHON=$(PYTHON)'
 
 setup: .venv/.core ## make .venv with the package in it (every target does so when it is missing)
@@ -46,21 +47,21 @@ test: check ## lint and tests
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
 
-test-clients: .venv/.dev .client-envs/transformers-5.5 .client-envs/lm_eval ## other programs on what is made here
-	$(BIN)/pytest -m slow tests/test_clients.py tests/test_lite_slow.py $(ARGS)
-
-test-baseline: .venv/.dev .client-envs/trl ## the GPU baseline's losses against ours, by TRL, on this CPU
-	$(BIN)/pytest -m slow tests/test_baseline.py $(ARGS)
-
-.client-envs/trl: # what TRL needs beside the packages of .venv
-	$(BIN)/pip install --quiet --no-deps --target $@ 'trl==1.16.*' 'datasets==5.*' dill multiprocess xxhash 'pandas>=3'
-CLIENTS := .client-envs
+CLIENT_TESTS := tests/test_clients.py tests/test_clients_served.py tests/test_lite_slow.py tests/test_bench_slow.py
 test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)
-	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_clients.py tests/test_clients_served.py $(ARGS)
+	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow $(CLIENT_TESTS) $(ARGS)
 
-# Stamps again. The first two are read beside the packages of .venv, and before them.
+test-baseline: .venv/.dev $(CLIENTS)/.trl ## the GPU baseline's losses against ours, by TRL, on this CPU
+	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_baseline.py $(ARGS)
+
+# Stamps again. The first three are read beside the packages of .venv, and before them.
 $(CLIENTS)/.transformers-5.5:
 	$(BIN)/pip install --quiet --upgrade --target $(CLIENTS)/transformers-5.5 'transformers==5.5.*'
+	@touch $@
+
+$(CLIENTS)/.trl:
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CLIENTS)/trl \
+	  'trl==1.16.*' 'datasets==5.*' dill multiprocess xxhash 'pandas>=3'
 	@touch $@
 
 $(CLIENTS)/.gguf:
@@ -81,10 +82,6 @@ $(CLIENTS)/.lm_eval:
 
 check: .venv/.dev ## lint alone
 	$(BIN)/ruff check .
-
-.client-envs/lm_eval: # in an environment of its own
-	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet 'lm-eval[api]==0.4.13' transformers
 
 bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
 	@set -e; for script in $(filter-out $(PEERS),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -221,9 +221,9 @@ def test_sigterm_ends_it_while_it_compiles(serve, monkeypatch):
 
 
 def _lm_eval() -> str:
-    places = [os.environ.get("LM_EVAL"), ROOT / ".client-envs/lm_eval/bin/lm_eval", shutil.which("lm_eval")]
-    found = next((str(place) for place in places if place and Path(place).exists()), None)
-    return found or pytest.skip("no lm_eval: `make test-clients` installs it, or LM_EVAL names it")
+    clients = Path(os.environ.get("GEMMA_TPU_CLIENTS", ROOT / ".client-envs"))
+    found = clients / "lm_eval/bin/lm_eval"
+    return str(found) if found.exists() else pytest.skip("no lm_eval: `make test-clients` installs it")
 
 
 def _choices(folder: Path, server: Process, out: Path) -> dict:
