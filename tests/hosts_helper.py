@@ -44,7 +44,7 @@ class Hosts:
             process.stdout.close()  # of one that a test killed, nobody has read them
             process.stderr.close()
 
-    def wait(self, timeout: float = 240) -> list[tuple[int, str]]:
+    def wait(self, timeout: float = 600) -> list[tuple[int, str]]:
         """(exit code, stderr) of each."""
         said = [process.communicate(timeout=timeout)[1] for process in self.running]
         return [(process.returncode, text) for process, text in zip(self.running, said, strict=True)]
