@@ -123,9 +123,8 @@ class Answer(Response):
             if self._request.stream:
                 await self._stream(send)
             else:
-                with contextlib.suppress(ClientDisconnect):
-                    await self._whole(scope, receive, send)
-        except OSError:  # it hung up while something was sent
+                await self._whole(scope, receive, send)
+        except ClientDisconnect:
             pass
         finally:
             watch.cancel()
@@ -170,8 +169,6 @@ class Answer(Response):
             await say("[DONE]")
         except Refused as error:
             await say(error.body)
-        except ClientDisconnect:
-            return
         await send({"type": "http.response.body", "body": b""})
 
     async def _heard(self) -> AsyncIterator[tuple[Choice, str]]:
@@ -205,6 +202,13 @@ class Answer(Response):
     def _note(self, choices: Sequence[Choice]) -> None:
         ask = choices[0].ask
         self._served.engine.metrics.answered(choices[-1].finish, ask.arrived, ask.began, ask.first, time.monotonic())
+
+
+class _Nothing(Response):
+    """There is nobody to answer."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        pass
 
 
 def not_ready(engine: Engine) -> Refused:
@@ -251,8 +255,8 @@ class Routes:
             answer = Answer(self._served, request, asks)
             answer.submit()
             return answer
-        except ClientDisconnect:  # before it had said all: there is nobody to answer
-            return Response(status_code=400)
+        except ClientDisconnect:  # before it had said all
+            return _Nothing()
         except Refused as error:
             self._engine.metrics.rejected.labels(error.status).inc()
             return refusal(error)
@@ -304,11 +308,19 @@ class _Guarded:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: Any) -> None:
+            try:
+                await send(message)
+            except Exception as error:  # the web server's own, for each state that a broken connection can be in
+                raise ClientDisconnect from error
+
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, sent)
+        except ClientDisconnect:
+            pass
         except Exception as error:
-            if scope["type"] != "http":
-                raise
             self._tell(error)
 
     def _tell(self, error: Exception) -> None:

@@ -115,8 +115,8 @@ def test_64_streams_at_once_for_two_minutes_without_an_error_or_a_recompilation(
         rng = random.Random(number)
         while time.monotonic() < end:
             try:
-                tokens += await _one_stream(server.port, rng)
-                answered += 1
+                made = await _one_stream(server.port, rng)  # `tokens += await …` would forget what others add
+                tokens, answered = tokens + made, answered + 1
             except Exception as error:  # every one of them is a failure of the server's
                 errors.append(repr(error))
 
@@ -231,7 +231,7 @@ def _choices(folder: Path, server: Process, out: Path) -> dict:
                 "tokenizer_backend=huggingface,max_length=512,num_concurrent=8,max_retries=1"  # fmt: skip
     argv = [_lm_eval(), "run", "--model", "local-completions", "--model_args", arguments, "--include_path",
             "docs/lm_eval", "--tasks", "general_choice", "--apply_chat_template", "--output_path", str(out),
-            "--log_samples"]  # fmt: skip
+            "--log_samples", "--limit", "20"]  # fmt: skip
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=500,
                           env=environment(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1"))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -250,9 +250,9 @@ def test_lm_eval_measures_what_the_forward_pass_gives_before_and_after_tuning(se
     for name, target, adapter in (("base", base32, None), ("tuned", whole_run, whole_run)):
         server = serve(target, "--max-len", "512")
         found = _choices(base32, server, tmp_path / name)
-        assert len(found) == len(docs) and server.metric("recompiles_total") == 0
+        assert len(found) == 20 and server.metric("recompiles_total") == 0
         model = gemma_tpu.load(base32, adapter=adapter)
-        for number in (0, 31):
+        for number in (0, 13):
             ids = tokenizer.prompt([{"role": "user", "content": docs[number]["question"]}])
             for place, choice in enumerate(docs[number]["choices"]):
                 whole = ids + tokenizer.encode(choice)
