@@ -66,8 +66,7 @@ def assumptions(wanted: Any, suits: list[Any], listed: prices.Prices) -> list[st
 
     lines = listed.sources([one.place for one in suits], choose.way(wanted))
     if wanted.where == "any" and len(lines) > 1:
-        lines.append("these prices are of several clouds and dates; `where: google-cloud` keeps to one, "
-                     "--prices to yours")  # fmt: skip
+        lines.append("these prices are of several clouds and dates; `where: google-cloud` keeps to one of them")
     if wanted.kind == "serving":
         lines += [
             f"speed: what arithmetic allows times what the servers of {paper.ABOUT}, reached of it: "
