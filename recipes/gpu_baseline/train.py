@@ -195,7 +195,7 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
 
 def finish(run: runs.RunFolder, journal: Journal, trainable: int) -> dict[str, Any]:
     rows = metrics.read(run.metrics)
-    names = {"torch": torch, "transformers": transformers, "trl": trl, "peft": peft}
+    names = {"trl": trl, "peft": peft, "transformers": transformers, "torch": torch}
     summary = {
         "steps": len(rows), "device_kind": journal.kind, "devices": journal.devices, "hosts": 1,
         "mesh": {"fsdp": journal.devices}, "loss": rows[-1]["loss"], "held_out_loss": {},
