@@ -214,6 +214,8 @@ LINES = (
 def lines(found: Sequence[Run]) -> list[tuple[str, ...]]:
     """The table of figures; a figure that no run has is left out."""
     all_figures = [figures(run) for run in found]
+    for one in all_figures:  # the trainer alone: --json has what it was made of
+        one["made_by"] = one["made_by"].partition(",")[0]
     return [
         (name, *("-" if one[key] is None else form.format(one[key]) for one in all_figures))
         for name, key, form in LINES if any(one[key] is not None for one in all_figures)
@@ -227,7 +229,7 @@ def distances(found: Sequence[Run]) -> list[str]:
         if one["max_loss_difference"] is not None:
             parts.append(f"losses at most {one['max_loss_difference']:.2e} apart")
         if one["max_grad_norm_difference"] is not None:
-            parts.append(f"gradient norms at most {one['max_grad_norm_difference']:.2%}")
+            parts.append(f"gradient norms at most {one['max_grad_norm_difference']:.1e} of theirs")
         if one["tokens_per_s_ratio"] is not None:
             parts.append(f"{one['tokens_per_s_ratio']:.2f} x its tokens/s")
         told.append(f"{one['name']} beside {found[0].name}: {', '.join(parts)}")

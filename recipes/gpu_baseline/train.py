@@ -139,10 +139,15 @@ def collator(sheets: Sheets) -> Any:
     return collate
 
 
-def sum_in_float32(trainer: Baseline) -> None:
-    """Over the devices, as ours are; accelerate would sum gradients in the dtype that it computes in."""
+def set_sharding(trainer: Baseline) -> None:
+    """Each layer that is there is a unit: the class also names layers of towers that this size has not, and accelerate
+    would look for those. Gradients are summed in float32, as ours; accelerate would do it as it computes."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
+    if plugin is None:
+        return
+    there = {type(module).__name__ for module in trainer.model.modules()}
+    plugin.transformer_cls_names_to_wrap = sorted(there & set(trainer.model._no_split_modules))
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
@@ -182,7 +187,7 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(config.model.path),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    sum_in_float32(trainer)
+    set_sharding(trainer)
     first = trainer.is_world_process_zero()
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if first:
@@ -195,7 +200,7 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
 
 def finish(run: runs.RunFolder, journal: Journal, trainable: int) -> dict[str, Any]:
     rows = metrics.read(run.metrics)
-    names = {"torch": torch, "transformers": transformers, "trl": trl, "peft": peft}
+    names = {"trl": trl, "peft": peft, "transformers": transformers, "torch": torch}
     summary = {
         "steps": len(rows), "device_kind": journal.kind, "devices": journal.devices, "hosts": 1,
         "mesh": {"fsdp": journal.devices}, "loss": rows[-1]["loss"], "held_out_loss": {},
