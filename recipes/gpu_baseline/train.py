@@ -187,6 +187,9 @@ def main(run_dir: Path, updates: int | None) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(config.model.path),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
+    # Gemma's class says that its own loss takes no count of targets. TRL's does: without it each device, and each
+    # micro-batch, would weigh the same however few targets it has.
+    trainer.model_accepts_loss_kwargs = True
     set_sharding(trainer)
     first = trainer.is_world_process_zero()
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
