@@ -14,7 +14,7 @@ from gemma_tpu import cli, schema
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")
 WRITTEN = [ROOT / "README.md", *PAGES]
-FOREIGN = {"bash", "pip", "python", "hf", "git", "cp", "cd", "gcloud", "source", "export", "docker", "curl", "kubectl", "sky"}
+FOREIGN = set("bash pip python hf git cp cd gcloud source export docker curl kubectl sky".split())
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -25,8 +25,11 @@ def commands(text: str) -> list[list[str]]:
     """The commands of its shell blocks, one a list of words; a line that ends in a backslash goes on."""
     found = []
     for body in blocks(text, "bash"):
+        body = re.sub(r"^cat > \S+ <<'END'\n.*?^END\n", "", body, flags=re.S | re.M)
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
             if words:
                 found.append(words)
     return found

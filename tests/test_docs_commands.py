@@ -13,7 +13,7 @@ PAGES = ("launching.md", "serving.md")
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.S | re.M)
+    return re.findall(r"^```(?:bash)?\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.S | re.M)
 
 
 def commands(page: str) -> list[tuple[dict[str, str], list[str]]]:
