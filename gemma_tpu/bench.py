@@ -20,8 +20,8 @@ from gemma_tpu.bench_prompts import Prompt, Vocabulary, own_prompts, random_prom
 from gemma_tpu.chips import Slice
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.exchange import Dialect
-from gemma_tpu.load import Measured, learn, run_point, warm_up
 from gemma_tpu.points import Point
+from gemma_tpu.under_load import Measured, learn, run_point, warm_up
 from gemma_tpu.variants import Architecture
 from gemma_tpu.wire import Wire, lift_limit
 

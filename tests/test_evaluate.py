@@ -225,7 +225,7 @@ def test_a_server_in_the_place_of_a_model(tmp_path, monkeypatch):
 
 def test_steps_belong_to_runs(base32):
     with pytest.raises(UserError, match="--step 3: .* is no run folder, and only a run folder has steps"):
-        evaluate._models(base32, 3, True, None)
+        evaluate._models(base32, 3, True, None, None)
 
 
 def test_prompts_of_ones_own_are_scored_for_base_and_tuned(whole_run, tmp_path, oracle, monkeypatch, capsys):

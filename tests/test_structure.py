@@ -30,7 +30,7 @@ ORDER = """
     cost_cli demand choose choose_cli eval_page arguments lite_cli eval_cli display data_text data_page data_cli
     rehearsal mirrored train_cli launching manifests launch_script scripts launch_cli hub_cache serving_memory
     serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals
-    points latencies wire bench_prompts exchange load scrape saturation serving_floor doubts vllm_result
+    points latencies wire bench_prompts exchange under_load scrape saturation serving_floor doubts vllm_result
     bench_file bench bench_text bench_page bench_cli catalogue json_schema new_config doctor completion find_cli
     cli
 """.split()
@@ -48,7 +48,7 @@ WITHOUT_JAX = """
     workload plan_cli cost_cli demand choose_cli display data_text data_page data_cli mirrored train_cli
     launching manifests launch_script scripts launch_cli hub_cache serving_memory serving serve_cli
     tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals points latencies
-    wire bench_prompts exchange load scrape saturation serving_floor doubts vllm_result bench_file bench
+    wire bench_prompts exchange under_load scrape saturation serving_floor doubts vllm_result bench_file bench
     bench_text bench_page bench_cli catalogue json_schema doctor completion find_cli cli
 """.split()
 
@@ -84,6 +84,12 @@ def own(names: Iterator[str]) -> set[str]:
 
 def test_every_module_has_its_place_in_the_order():
     assert sorted(ORDER) == sorted(modules())
+
+
+def test_no_module_takes_the_place_of_a_public_function():
+    import gemma_tpu
+
+    assert not set(gemma_tpu.__all__) & set(modules())
 
 
 def test_imports_go_one_way():
