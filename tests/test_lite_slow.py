@@ -245,7 +245,7 @@ def server_name(server: Process) -> str:
 
 def test_lm_eval_measures_what_the_forward_pass_gives_before_and_after_tuning(serve, base32, whole_run, tmp_path):
     tokenizer = Tokenizer(base32)
-    docs = [json.loads(line) for line in (ROOT / "docs/lm_eval/general.jsonl").open()]
+    docs = [json.loads(line) for line in (ROOT / "docs/lm_eval/general.jsonl").read_text().splitlines()]
     seen = {}
     for name, target, adapter in (("base", base32, None), ("tuned", whole_run, whole_run)):
         server = serve(target, "--max-len", "512")
