@@ -150,6 +150,7 @@ CASES = {"copy": copy, "merge": ours, "export": export, "peft": theirs}
 
 
 def run_case(case: str, scratch: Path) -> dict[str, float]:
+    os.sync()  # what came before has left the disk alone
     began = time.monotonic()
     command = [sys.executable, __file__, "--case", case, "--folder", str(scratch)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
