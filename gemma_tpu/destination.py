@@ -10,7 +10,8 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,9 @@ class Destination(ABC):
     def write(self, name: str, write: Write) -> None:
         """Lets `write(file)` fill the file."""
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to wait for)
+        """Returns when all that was written is there for good."""
+
     @abstractmethod
     def free(self) -> int | None:
         """Bytes that are left; None where there is no telling."""
@@ -48,8 +52,12 @@ class Destination(ABC):
 
 
 class Folder(Destination):
+    """The disk takes a file while the next one is computed; a file has its name only when the disk has it."""
+
     def __init__(self, partial: Path):
         self.partial = partial
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._last: Future[None] | None = None
         for name in list(staging.walk_names(partial)):
             if name.endswith(_PART):  # was being written when it was killed
                 (partial / name).unlink()
@@ -61,8 +69,26 @@ class Folder(Destination):
     def write(self, name: str, write: Write) -> None:
         path = self.partial / name
         path.unlink(missing_ok=True)
-        staging.write_file(path.with_name(path.name + _PART), write)
-        os.rename(path.with_name(path.name + _PART), path)
+        part = path.with_name(path.name + _PART)
+        on_disk = staging.begin_file(part, write)
+
+        def finish() -> None:
+            on_disk()
+            os.rename(part, path)
+
+        self._settle()  # one file at a time is on its way
+        self._last = self._disk.submit(finish)
+
+    def close(self) -> None:
+        try:
+            self._settle()
+        finally:
+            self._disk.shutdown()
+
+    def _settle(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
     def free(self) -> int:
         return shutil.disk_usage(self.partial).free
@@ -122,7 +148,8 @@ def opened(out: str | Path, plan: str, files: set[str], overwrite: bool) -> Iter
     where = Path(text.removeprefix("file://")).expanduser()
     try:
         with staging.staged(where, files, overwrite, plan) as partial:
-            yield Folder(partial)
+            with closing(Folder(partial)) as folder:
+                yield folder
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)

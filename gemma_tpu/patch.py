@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -101,7 +102,8 @@ def try_shard(base: Checkpoint, folder: Path, changes: Mapping[str, Update]) -> 
     report = PatchReport(str(folder / shard.name), len(inside), len(shard.tensors) - len(inside))
     (folder / shard.name).unlink(missing_ok=True)
     try:
-        _Writer(base, inside, Folder(folder), report, None).write_shards(Layout((shard,), None), _workers(base))
+        with closing(Folder(folder)) as place:
+            _Writer(base, inside, place, report, None).write_shards(Layout((shard,), None), _workers(base))
     except OSError as error:
         raise RunError(f"writing {report.out} failed: {error.strerror or error}") from error
     finally:

@@ -86,11 +86,25 @@ def walk_names(folder: Path) -> Iterator[str]:
 
 def write_file(path: Path, write: Callable) -> None:
     """Creates a file, lets `write(file)` fill it and returns when the disk has it."""
+    begin_file(path, write)()
+
+
+def begin_file(path: Path, write: Callable) -> Callable[[], None]:
+    """The same up to where the system has the file; to be followed by the call that it gives, which waits for the
+    disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())
+        fd = os.dup(file.fileno())
+
+    def settle() -> None:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    return settle
 
 
 def _lock(partial: Path, out: Path) -> int:
