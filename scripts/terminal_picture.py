@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-PAGE = """<svg class="rich-terminal" viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">
+PAGE = """<svg class="rich-terminal" viewBox="0 0 {terminal_width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
 {styles}
 </style>
 <defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}"
-  height="{terminal_height}" /></clipPath>{lines}</defs>
-<rect fill="#1b1d1e" x="0" y="0" width="{terminal_width}" height="{terminal_height}" rx="8"/>
+  height="{height}" /></clipPath>{lines}</defs>
+<rect fill="#1b1d1e" x="0" y="0" width="{terminal_width}" height="{height}" rx="8"/>
 <g transform="translate(10, 6)" clip-path="url(#{unique_id}-clip-terminal)">
 {backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
 </svg>
