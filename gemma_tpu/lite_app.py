@@ -319,7 +319,7 @@ class _Guarded:
         try:
             await self._app(scope, receive, sent)
         except ClientDisconnect:
-            pass
+            pass  # there is nobody left to answer
         except Exception as error:
             self._tell(error)
 
