@@ -5,6 +5,7 @@ after the other; null: it works), `endings` (what becomes of training at each lo
 "dropped" for a connection that is lost), `queue` (states of a queued resource, one after the other).
 """
 
+import fcntl
 import json
 import os
 import re
@@ -18,10 +19,12 @@ def main() -> int:
     tool, words = Path(sys.argv[0]).name, sys.argv[1:]
     piped = "" if sys.stdin.isatty() else sys.stdin.read() if takes_stdin(tool, words) else ""
     with open(HOME / "calls.jsonl", "a") as calls:
+        fcntl.flock(calls, fcntl.LOCK_EX)  # the machines of a slice are prepared side by side
         calls.write(json.dumps({"tool": tool, "argv": words, "stdin": piped}) + "\n")
-    state = json.loads((HOME / "state.json").read_text())
-    code = answer(tool, words, state)
-    (HOME / "state.json").write_text(json.dumps(state))
+        calls.flush()
+        state = json.loads((HOME / "state.json").read_text())
+        code = answer(tool, words, state)
+        (HOME / "state.json").write_text(json.dumps(state))
     return code
 
 
