@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import chips, config, inference, metrics, paper, plan, runs, subject
+from gemma_tpu import bench_file, chips, config, inference, metrics, paper, plan, runs, subject
+from gemma_tpu.bench import Judge, assess
 from gemma_tpu.chips import Slice
 from gemma_tpu.cost import Serving, Training
 from gemma_tpu.errors import UserError
@@ -133,7 +134,8 @@ def _json(path: Path) -> Mapping[str, Any]:
 
 
 def bench(source: str, on: str | None, arch: Architecture | None, at: str | None = None) -> Serving:
-    """A bench's JSON: ours, or a result file of `vllm bench serve`; `paper:tpu/4096` is what the paper printed.
+    """A bench's JSON: ours, as kept or as said, or a result file of `vllm bench serve`; `paper:tpu/4096` is what the
+    paper printed.
 
     `at` picks the point of a sweep with that rate of requests; else it is the one with the most output tokens.
     """
@@ -143,6 +145,8 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
         return _of_paper(source, on)
     path = Path(source).expanduser()
     tree = _json(path)
+    if tree.get("format") == bench_file.FORMAT:  # as the bench keeps it, in place of what it says with --json
+        tree = assess(bench_file.read(path), Judge({}))
     on, doubts = on or tree.get("on"), tree.get("flags")  # our own bench knows where, and what to doubt
     if on is None:
         raise UserError(f"{source}: on which slice was it measured? Give --serve-on SLICE (--against-serve-on)")

@@ -63,7 +63,7 @@ def test_a_graph_that_changes_often_compiles_again_on_tpus_alone(monkeypatch):
     assert often["h200x1"].usd == rarely["h200x1"].usd
 
 
-def test_the_split_that_meets_the_latency_is_taken_before_the_fastest():
+def test_where_a_latency_is_asked_for_the_split_meets_it():
     """Two copies of the model make more tokens than one on twice the chips, and begin later."""
     free, quick = suiting(serve())["b200x2"], suiting(serve(ttft_ms=30))["b200x2"]
     assert quick.latency_ms[0] <= 30 < suiting(serve())["b200x1"].latency_ms[0]

@@ -1,10 +1,11 @@
 """The arithmetic of cost, and the command: what a run, a million tokens and hours of service cost."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from gemma_tpu import chips, cost, prices
+from gemma_tpu import chips, cost, cost_sources, prices
 from gemma_tpu.cli import main
 from gemma_tpu.cost import Serving, Side, Training
 
@@ -289,3 +290,13 @@ def test_files_that_are_something_else_are_refused(capsys, tmp_path):
     assert "output_throughput is 0" in capsys.readouterr().err
     folder = measured_run(tmp_path / "run", "cpu", 1)
     assert main(["cost", folder]) == 2 and "no slice with a price" in capsys.readouterr().err
+
+
+def test_the_file_that_a_bench_keeps_says_what_its_json_says(capsys, tmp_path):
+    kept = Path(__file__).parent / "fixtures/bench_sweep.json"
+    assert main(["bench", str(kept), "--json"]) == 0
+    said = tmp_path / "said.json"
+    said.write_text(capsys.readouterr().out)
+    one, other = (cost_sources.bench(str(path), "v6e-8", None) for path in (kept, said))
+    assert one.output_tokens_per_s == other.output_tokens_per_s > 0
+    assert cost_sources.bench(str(kept), "v6e-8", None, at="5").output_tokens_per_s == pytest.approx(78.4066)

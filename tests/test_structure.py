@@ -26,13 +26,13 @@ ORDER = """
     lite_programs lite_batch lite_answers lite_metrics lite_engine lite_app blas stage layout destination patch
     difference tunix card merging layerwise clients verify sandbox verilog_code verilog verilog_eval stats
     samples answering verilog_prompts own_prompts scorecard contamination scoring evaluate validate subject
-    calibration workload plan plan_text sweep plan_page plan_cli cost_sources costing cost_text cost_page
-    cost_cli demand choose choose_cli eval_page arguments lite_cli eval_cli display data_text data_page data_cli
-    rehearsal mirrored train_cli launching manifests launch_script scripts launch_cli hub_cache serving_memory
-    serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals
-    points latencies wire bench_prompts exchange under_load scrape saturation serving_floor doubts vllm_result
-    bench_file bench bench_text bench_page bench_cli catalogue json_schema new_config doctor completion find_cli
-    cli
+    calibration workload plan plan_text sweep plan_page plan_cli eval_page arguments lite_cli eval_cli display
+    data_text data_page data_cli rehearsal mirrored train_cli launching manifests launch_script scripts
+    launch_cli hub_cache serving_memory serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
+    tiny_weights tiny handoff_cli arrivals points latencies wire bench_prompts exchange under_load scrape
+    saturation serving_floor doubts vllm_result bench_file bench bench_text bench_page bench_cli catalogue
+    json_schema new_config doctor completion find_cli cost_sources costing cost_text cost_page cost_cli demand
+    choose choose_cli cli
 """.split()
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
