@@ -287,3 +287,10 @@ def test_a_template_in_tokenizer_config_is_used(folder, tmp_path):
 def test_importing_the_module_loads_no_heavy_library():
     code = "import sys, gemma_tpu.tokenizer; print({'jax', 'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_a_row_of_plain_text_has_one_bos_is_all_target_and_ends_with_eos(tokenizer):
+    draft = tokenizer.draft_text("wire a;")
+    found = tokenizer.finish(draft, iter(tokenizer.encode_all(draft.texts)))
+    assert found.ids == [tokenizer.bos_id, *tokenizer.encode("wire a;"), tokenizer.eos_id]
+    assert found.mask == [False] + [True] * (len(found.ids) - 1)
