@@ -78,9 +78,9 @@ def main(their_python: str) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from helpers import adapter_of, load, loss_and_grads, micro_batches, pairs, random_rows, sheet
 
-    from gemma_tpu import preference
     from gemma_tpu.schema import PreferenceConfig
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.step import preference
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     sections = {"dpo": PreferenceConfig("dpo", beta=0.3), "dpo_norm": PreferenceConfig("dpo_norm", beta=2.0),
                 "ipo": PreferenceConfig("ipo", beta=0.5), "simpo": PreferenceConfig("simpo", 2.0, 0.5)}  # fmt: skip

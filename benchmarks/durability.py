@@ -33,7 +33,7 @@ def tiny_run(folder: Path, name: str, small: bool, *overrides: str):
     from runs_helper import write_base
 
     from gemma_tpu import config
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     base = folder / ("small" if small else "tiny")
     if not base.exists():
@@ -45,7 +45,8 @@ def tiny_run(folder: Path, name: str, small: bool, *overrides: str):
 
 def trainer_of(config):
     """What the recipe assembles, caught before it trains."""
-    from gemma_tpu import assets, cli, train
+    from gemma_tpu import assets, cli
+    from gemma_tpu.training import train
 
     caught, fit = [], train.Trainer.fit
     train.Trainer.fit = lambda self: caught.append(self) or {"steps": 0}
@@ -60,8 +61,8 @@ def loop_overhead(folder: Path) -> dict:
     """Blocks of the bare step and of the same step inside the loop's bookkeeping, in turn."""
     import jax
 
-    from gemma_tpu import meter
-    from gemma_tpu.logbook import Logbook
+    from gemma_tpu.training import meter
+    from gemma_tpu.training.logbook import Logbook
 
     steps = 2 * BLOCK * (BLOCKS + 1)
     trainer = trainer_of(tiny_run(folder, "loop", False, f"train.steps={steps}", "data.limit=200"))
@@ -99,7 +100,7 @@ def loop_overhead(folder: Path) -> dict:
 
 
 def checkpoint_overhead(folder: Path) -> dict:
-    from gemma_tpu import metrics
+    from gemma_tpu.run import metrics
 
     summary = trainer_of(tiny_run(
         folder, "saving", False, "train.steps=160", "data.limit=200", "checkpoint.every=100000",
@@ -113,7 +114,7 @@ def checkpoint_overhead(folder: Path) -> dict:
 
 
 def memory(folder: Path, steps: int) -> dict:
-    from gemma_tpu import metrics
+    from gemma_tpu.run import metrics
 
     summary = trainer_of(tiny_run(
         folder, "memory", True, f"train.steps={steps}", "data.limit=100", "data.max_seq_len=192", "log.every=200",
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("loop", "checkpoints", "memory"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from gemma_tpu import devices
+    from gemma_tpu.hardware import devices
 
     devices.quiet()
     devices.cpu(1)

@@ -28,7 +28,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gemma_tpu import hf_config, shards, weights
+from gemma_tpu.gemma import hf_config, weights
+from gemma_tpu.storage import shards
 
 DEVICES = 8
 DENSE = {
@@ -108,7 +109,7 @@ class Copied:
 def child_load(folder: Path, sizes: dict[str, int], pieces: bool) -> dict[str, float]:
     import jax
 
-    from gemma_tpu import loading, mesh, streaming
+    from gemma_tpu.gemma import loading, mesh, streaming
 
     copied = Copied(streaming) if pieces else None
     model, checkpoint = loading.build(folder, dtype="bfloat16")

@@ -24,8 +24,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma_tpu.patch import peak_rss_mib
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.handoff.patch import peak_rss_mib
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
 
 SHARDS = 20
 CONFIG = {
@@ -39,7 +39,7 @@ BOUNDS = {"peak": "2 x the largest tensor + 700 MiB", "copy": 4.0, "faster": 2.0
 
 
 def make_base(folder: Path, layers: int) -> None:
-    from gemma_tpu import hf_config, weights
+    from gemma_tpu.gemma import hf_config, weights
 
     kinds = ["full_attention" if (i + 1) % 6 == 0 or i == layers - 1 else "sliding_attention" for i in range(layers)]
     config = CONFIG | {"num_hidden_layers": layers, "layer_types": kinds}
@@ -71,10 +71,12 @@ def make_run(base: Path, run: Path, rank: int) -> None:
     """A run folder as training leaves it, with random values in its checkpoint."""
     import jax.numpy as jnp
 
-    from gemma_tpu import config, loading, lora
-    from gemma_tpu.checkpoint import Checkpoints, shapes_of
-    from gemma_tpu.projection import LoRA
-    from gemma_tpu.runs import RunFolder
+    from gemma_tpu import config
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.gemma.projection import LoRA
+    from gemma_tpu.run.checkpoint import Checkpoints, shapes_of
+    from gemma_tpu.run.runs import RunFolder
 
     made = config.from_dict({"model": {"path": str(base)}, "lora": {"rank": rank, "alpha": rank}, "run_dir": str(run)})
     model, checkpoint = loading.build(base, dtype="bfloat16")
@@ -117,7 +119,7 @@ def theirs(scratch: Path, out: Path) -> None:
 
 
 def export(scratch: Path, out: Path) -> None:
-    from gemma_tpu.merging import export_adapter
+    from gemma_tpu.handoff.merging import export_adapter
 
     export_adapter(scratch / "run", out=scratch / "adapter")
 
@@ -129,7 +131,9 @@ def sync(path: Path) -> None:
 
 def precision(scratch: Path, out: Path) -> dict[str, float]:
     """Every changed tensor against round(float64(W) + scale * B A)."""
-    from gemma_tpu import adapters, difference, loading, merging, updates
+    from gemma_tpu.adapter import adapters, updates
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.handoff import difference, merging
 
     base, merged = open_checkpoint(scratch / "base"), open_checkpoint(out)
     edits = updates.check(base, merging.updates_of(adapters.read(scratch / "run"), loading.architecture(base)))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_tpu.data import Loader, make_loader
-from gemma_tpu.packing import best_fit, bucket_widths, padding_waste
+from gemma_tpu.data.batches import Loader, make_loader
+from gemma_tpu.data.packing import best_fit, bucket_widths, padding_waste
 
 MEAN, P99, LONGEST, SHORTEST = 922, 2553, 3072, 32
 NINE = (2000, 5000, 1000, 8000, 3000, 3000, 2100, 4000, 4000)

@@ -68,7 +68,7 @@ def draw_rows() -> list[list[int]]:
 
 def write_inputs(folder: Path) -> Path:
     """The checkpoint, the rows and the settings; returns the settings file."""
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     write_tiny(folder / "model", "gemma4-31b", dtype="float32", text_only=True, **MODEL)
     rows = draw_rows()

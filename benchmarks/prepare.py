@@ -4,10 +4,10 @@
 
 Both read the same prompt-response rows, render them with the same chat template of Gemma 4, tokenise with the same
 tokenizer, train the answers only and pack best-fit into sheets of 4,096. Lengths are lognormal like CodeV-R1's
-(benchmarks/packing.py), the text is that of the bundled Verilog rows. Ours is gemma_tpu.corpus.prepare without cache
-and the plan of packing.best_fit; TRL's is datasets.load_dataset and SFTTrainer's own preparation (dataset_num_proc =
-cores, packing=True), without building a model. Both processes live for the whole run and take turns; the first turn
-warms up and does not count. The figure is the median of the ratios within a round.
+(benchmarks/packing.py), the text is that of the bundled Verilog rows. Ours is gemma_tpu.data.corpus.prepare without
+cache and the plan of packing.best_fit; TRL's is datasets.load_dataset and SFTTrainer's own preparation
+(dataset_num_proc = cores, packing=True), without building a model. Both processes live for the whole run and take
+turns; the first turn warms up and does not count. The figure is the median of the ratios within a round.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LETTERS = 2.2  # of the bundled rows for each token of the tiny vocabulary
 def write_inputs(folder: Path, rows: int) -> Path:
     """A tokenizer with its template, the rows, and the settings of both."""
     from gemma_tpu.assets import resolve
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     write_tiny(folder / "model", "gemma4-31b", text_only=True, layers=2, pattern=1, hidden=32, mlp=32, heads=2,
                kv_heads=2, global_kv_heads=1, head_dim=16, global_head_dim=16, window=64, vocab=4096)  # fmt: skip

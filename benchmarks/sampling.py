@@ -57,7 +57,8 @@ def batches(work: Work, size: int, bound: float) -> Iterator[Work]:
 
 
 def ours(folder: str) -> Any:
-    from gemma_tpu import adapters, sampler
+    from gemma_tpu.adapter import adapters
+    from gemma_tpu.sampling import sampler
 
     model = adapters.load(folder)
 
@@ -241,7 +242,7 @@ class Contender:
 def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[dict[str, dict[str, Any]]]]:
     from peers import environments
 
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     model = write_tiny(folder / "model", "gemma4-31b", dtype="float32", text_only=True)
     tuned = json.loads(args.tuned.read_text()) if args.tuned and args.tuned.exists() else {}

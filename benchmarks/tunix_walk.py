@@ -24,8 +24,12 @@ from typing import Any
 from packing import codev_lengths
 from peers import environments
 
-from gemma_tpu import chips, compiling, config, sizes, walk
-from gemma_tpu.packing import padding_waste
+from gemma_tpu import config
+from gemma_tpu.compiled import walk
+from gemma_tpu.data.packing import padding_waste
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.training import compiling
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "gemma4_31b_v5p8_fast.yaml"

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from gemma_tpu import sandbox, verilog, verilog_eval
+from gemma_tpu.evaluation import sandbox, verilog, verilog_eval
 
 BOUND = 20.0
 CLONE = Path(__file__).parents[1] / "../shared/data/verilog-eval"

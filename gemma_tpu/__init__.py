@@ -15,14 +15,14 @@ __all__ = ["load", "merge", "__version__"]
 
 
 def load(folder: Any, adapter: Any = None, mesh: Any = None, dtype: str | None = None) -> Any:
-    """A checkpoint folder (and the adapter of a run folder) as a model; see gemma_tpu.adapters.load."""
-    from gemma_tpu import adapters
+    """A checkpoint folder (and the adapter of a run folder) as a model; see gemma_tpu.adapter.adapters.load."""
+    from gemma_tpu.adapter import adapters
 
     return adapters.load(folder, adapter=adapter, mesh=mesh, dtype=dtype)
 
 
 def merge(*args: Any, **kwargs: Any) -> Any:
-    """A run's adapter into its base's weights; see gemma_tpu.merging.merge."""
-    from gemma_tpu.merging import merge as run
+    """A run's adapter into its base's weights; see gemma_tpu.handoff.merging.merge."""
+    from gemma_tpu.handoff.merging import merge as run
 
     return run(*args, **kwargs)

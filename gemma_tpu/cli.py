@@ -16,15 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gemma_tpu import (
-    __version__,
-    assets,
+from gemma_tpu import __version__, assets, config
+from gemma_tpu.commands import (
     bench_cli,
     choose_cli,
-    config,
     cost_cli,
     data_cli,
-    devices,
     eval_cli,
     find_cli,
     handoff_cli,
@@ -35,11 +32,12 @@ from gemma_tpu import (
     serve_cli,
     train_cli,
 )
-from gemma_tpu.arguments import positive as _positive
-from gemma_tpu.arguments import seed as _seed
-from gemma_tpu.arguments import target as _target
+from gemma_tpu.commands.arguments import positive as _positive
+from gemma_tpu.commands.arguments import seed as _seed
+from gemma_tpu.commands.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.tiny import ARCHS, DTYPES, write_tiny
+from gemma_tpu.hardware import devices
+from gemma_tpu.tiny.checkpoint import ARCHS, DTYPES, write_tiny
 
 EXAMPLES = """\
 examples:
@@ -143,7 +141,7 @@ def _recipe(path: Path) -> Callable[[config.Config], Result]:
 def validate(args: argparse.Namespace) -> tuple[Result, int]:
     run_config = config.load(args.config, args.overrides)
     devices.cpu()
-    from gemma_tpu.validate import validate
+    from gemma_tpu.onboarding.validate import validate
 
     found = validate(run_config)
     for line in found.checked:
@@ -162,7 +160,7 @@ def tiny(args: argparse.Namespace) -> tuple[Result, int]:
 
 
 def stage(args: argparse.Namespace) -> tuple[Result, int]:
-    from gemma_tpu.stage import stage
+    from gemma_tpu.storage.stage import stage
 
     return stage(args.source, args.target, overwrite=args.overwrite, say=_say), 0
 
@@ -186,7 +184,7 @@ def _read_prompt(path: Path) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from gemma_tpu.sampler import Settings
+    from gemma_tpu.sampling.sampler import Settings
 
     return Settings(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, seed=args.seed, min_p=args.min_p,

@@ -11,13 +11,16 @@ from typing import Any
 import jax
 
 import gemma_tpu
-from gemma_tpu import loading, lora, mesh, program, runs, start
-from gemma_tpu.data import make_loader
-from gemma_tpu.metrics import say
-from gemma_tpu.pairs import PairRows
+from gemma_tpu.adapter import lora, start
+from gemma_tpu.data.batches import make_loader
+from gemma_tpu.data.pairs import PairRows
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.gemma import loading, mesh
+from gemma_tpu.run import runs
+from gemma_tpu.run.metrics import say
 from gemma_tpu.schema import Config
-from gemma_tpu.tokenizer import Tokenizer
-from gemma_tpu.train import Trainer
+from gemma_tpu.training import program
+from gemma_tpu.training.train import Trainer
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu import evaluate, runs, verilog
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
-from gemma_tpu.metrics import say
+from gemma_tpu.evaluation import evaluate, verilog
+from gemma_tpu.run import runs
+from gemma_tpu.run.metrics import say
 
 
 def main(run_dir: str | Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning, LoRA or full: the assembly that `gemma-tpu train CONFIG` runs. Copy it to change it.
 
-Data flows config -> mesh -> model -> LoRA -> data -> step -> checkpoint; the one loop is in gemma_tpu/train.py.
+Data flows config -> mesh -> model -> LoRA -> data -> step -> checkpoint; the one loop: gemma_tpu/training/train.py.
 """
 
 from typing import Any
@@ -8,12 +8,15 @@ from typing import Any
 import jax
 
 import gemma_tpu
-from gemma_tpu import loading, lora, mesh, program, runs, start
-from gemma_tpu.data import make_loader, prepare
-from gemma_tpu.metrics import say
+from gemma_tpu.adapter import lora, start
+from gemma_tpu.data.batches import make_loader, prepare
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.gemma import loading, mesh
+from gemma_tpu.run import runs
+from gemma_tpu.run.metrics import say
 from gemma_tpu.schema import Config
-from gemma_tpu.tokenizer import Tokenizer
-from gemma_tpu.train import Trainer
+from gemma_tpu.training import program
+from gemma_tpu.training.train import Trainer
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gemma_tpu
-from gemma_tpu import verify
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import RunError
-from gemma_tpu.metrics import say
+from gemma_tpu.handoff import verify
+from gemma_tpu.run.metrics import say
 
 
 def main(run_dir: str | Path, out: str | Path | None = None, step: int | None = None) -> dict[str, Any]:

@@ -17,11 +17,15 @@ from typing import Any
 
 import yaml
 
-from gemma_tpu import chips, inference, page, paper, roofline, sizes
 from gemma_tpu.assets import resolve
-from gemma_tpu.chips import Chip
-from gemma_tpu.inference import Load, Server
-from gemma_tpu.page import Axis, Bar, Curve, Dot
+from gemma_tpu.costs import paper
+from gemma_tpu.estimate import inference, roofline
+from gemma_tpu.estimate.inference import Load, Server
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.hardware.chips import Chip
+from gemma_tpu.pages import page
+from gemma_tpu.pages.page import Axis, Bar, Curve, Dot
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = ROOT / "docs" / "accelerators.md", ROOT / "docs" / "accelerators"
@@ -205,10 +209,10 @@ def padding(measured: Mapping[str, Any]) -> str:
 def measure() -> dict[str, Any]:
     """The bundled training rows under every layout, by the tools that `gemma-tpu data` uses."""
     from gemma_tpu import config
-    from gemma_tpu.corpus import prepare
-    from gemma_tpu.packing import padding_waste
-    from gemma_tpu.tiny import write_tiny
-    from gemma_tpu.tokenizer import Tokenizer
+    from gemma_tpu.data.corpus import prepare
+    from gemma_tpu.data.packing import padding_waste
+    from gemma_tpu.data.tokenizer import Tokenizer
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     data = replace(config.load("tiny_cpu.yaml").data, cache=None, validation=None)
     with tempfile.TemporaryDirectory() as folder:

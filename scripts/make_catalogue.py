@@ -3,7 +3,8 @@
 import json
 from dataclasses import asdict
 
-from gemma_tpu import assets, catalogue
+from gemma_tpu import assets
+from gemma_tpu.onboarding import catalogue
 
 
 def main() -> None:

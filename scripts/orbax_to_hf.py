@@ -7,8 +7,8 @@
 import argparse
 import sys
 
-from gemma_tpu import handoff_cli
 from gemma_tpu.cli import run_script
+from gemma_tpu.commands import handoff_cli
 
 
 def main() -> int:

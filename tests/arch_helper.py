@@ -18,13 +18,16 @@ import jax
 import numpy as np
 from helpers import SEVEN, Tree, largest_difference, relative_error
 
-from gemma_tpu import adapters, difference, loading, lora, merging, sampler, verify
-from gemma_tpu import mesh as meshes
-from gemma_tpu.model import Decoder
-from gemma_tpu.patch import write_patched
-from gemma_tpu.projection import Base
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.weights import REDUNDANT, to_peft
+from gemma_tpu.adapter import adapters, lora
+from gemma_tpu.gemma import loading
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.model import Decoder
+from gemma_tpu.gemma.projection import Base
+from gemma_tpu.gemma.weights import REDUNDANT, to_peft
+from gemma_tpu.handoff import difference, merging, verify
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.sampling import sampler
+from gemma_tpu.storage.shards import open_checkpoint
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 RANK, ALPHA = 3, 7.5

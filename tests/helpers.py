@@ -14,12 +14,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_tpu import loading, lora, step, weights
-from gemma_tpu import mesh as meshes
-from gemma_tpu.model import Decoder
-from gemma_tpu.projection import LoRA
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tiny_tokenizer import SPECIAL
+from gemma_tpu.adapter import lora
+from gemma_tpu.gemma import loading, weights
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.model import Decoder
+from gemma_tpu.gemma.projection import LoRA
+from gemma_tpu.step import step
+from gemma_tpu.tiny.checkpoint import write_tiny
+from gemma_tpu.tiny.tokenizer import SPECIAL
 
 # Two periods of 5 local + 1 global; every size differs from every other, so that a mix-up changes a shape.
 DIMS = dict(
@@ -148,7 +150,7 @@ def reference(folder: Path) -> Any:
     import torch
     import transformers
 
-    from gemma_tpu.shards import open_checkpoint
+    from gemma_tpu.storage.shards import open_checkpoint
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

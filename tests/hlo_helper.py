@@ -1,7 +1,7 @@
 """Hand-written HLO for the tests of the walk, and a slice with round figures to check it against by hand."""
 
-from gemma_tpu.chips import Chip, Slice
-from gemma_tpu.hlo import Module, parse
+from gemma_tpu.compiled.hlo import Module, parse
+from gemma_tpu.hardware.chips import Chip, Slice
 
 TERA, GIGA = 1e12, 1e9
 

@@ -11,12 +11,12 @@ from typing import Any
 import uvicorn
 
 import gemma_tpu
-from gemma_tpu import lite_app
-from gemma_tpu.lite_engine import Engine
-from gemma_tpu.lite_metrics import Metrics
-from gemma_tpu.lite_programs import Device
-from gemma_tpu.lite_requests import Limits
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.lite import app
+from gemma_tpu.lite.engine import Engine
+from gemma_tpu.lite.metrics import Metrics
+from gemma_tpu.lite.programs import Device
+from gemma_tpu.lite.requests import Limits
 
 CAPACITY = 192
 SHAPE = {"slots": 3, "capacity": CAPACITY, "buckets": (64, 192), "burst": 4}
@@ -29,11 +29,11 @@ class Server:
         device = Device(model, **{**SHAPE, **shape})
         self.engine = Engine(device, Metrics(), max_wait=max_wait, queue=QUEUE)
         limits = Limits(prompts=8, samples=8, body=2**16)
-        self.served = lite_app.Served(self.engine, Tokenizer(folder), "tiny", model.arch.vocab, limits)
+        self.served = app.Served(self.engine, Tokenizer(folder), "tiny", model.arch.vocab, limits)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        options = uvicorn.Config(lite_app.build(self.served), log_config=None, log_level="critical",
+        options = uvicorn.Config(app.build(self.served), log_config=None, log_level="critical",
                                  timeout_graceful_shutdown=20)  # fmt: skip
         self.web = uvicorn.Server(options)
         self._thread = threading.Thread(target=self.web.run, kwargs={"sockets": [self._listener]}, daemon=True)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from gemma_tpu.errors import UserError
-from gemma_tpu.patch import LowRank, write_patched
-from gemma_tpu.shards import INDEX_FILE, Checkpoint, open_checkpoint
+from gemma_tpu.handoff.patch import LowRank, write_patched
+from gemma_tpu.storage.shards import INDEX_FILE, Checkpoint, open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 ROOT = Path(__file__).parent.parent

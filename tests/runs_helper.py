@@ -19,7 +19,7 @@ import yaml
 
 from gemma_tpu import assets, cli, config
 from gemma_tpu.schema import Config
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 ROOT = Path(__file__).parent.parent
 # Local and global layers in turn, two repeats of the period: compiles three times as fast as 5 + 1.
@@ -112,7 +112,7 @@ def run_and_signal(args: Sequence[str], number: signal.Signals, metrics: Path, a
 SLOW_RECIPE = """\
 import time
 
-from gemma_tpu import assets, cli, metrics
+from gemma_tpu import assets, cli; from gemma_tpu.run import metrics
 
 write = metrics.Journal.write
 

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma_tpu import loading, mesh, shards, streaming, weights
-from gemma_tpu.projection import Base
-from gemma_tpu.shards import Checkpoint
+from gemma_tpu.gemma import loading, mesh, streaming, weights
+from gemma_tpu.gemma.projection import Base
+from gemma_tpu.storage import shards
+from gemma_tpu.storage.shards import Checkpoint
 
 
 def count_reads(checkpoint: Checkpoint) -> list[int]:

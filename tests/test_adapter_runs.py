@@ -8,11 +8,12 @@ import pytest
 from runs_helper import run_config, saved, tensors, train
 
 import gemma_tpu
-from gemma_tpu import adapters, lowrank, merging
+from gemma_tpu.adapter import adapters, lowrank
 from gemma_tpu.errors import UserError
-from gemma_tpu.loading import architecture
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.verify import verify
+from gemma_tpu.gemma.loading import architecture
+from gemma_tpu.handoff import merging
+from gemma_tpu.handoff.verify import verify
+from gemma_tpu.storage.shards import open_checkpoint
 
 ADAPTER = ("lora.dora=true", "lora.init=pissa", "lora.rslora=true", "lora.rank_pattern={mlp.up_proj: 6}",
            "lora.layers=[0, 1, 3]", "lora.dropout=0.1")  # fmt: skip

@@ -23,11 +23,13 @@ from helpers import (
     relative_error,
 )
 
-from gemma_tpu import loading, lora, lowrank, start, step
+from gemma_tpu.adapter import lora, lowrank, start
 from gemma_tpu.errors import UserError
-from gemma_tpu.projection import LoRA
+from gemma_tpu.gemma import loading
+from gemma_tpu.gemma.projection import LoRA
 from gemma_tpu.schema import LoraConfig, Table
-from gemma_tpu.shards import open_checkpoint
+from gemma_tpu.step import step
+from gemma_tpu.storage.shards import open_checkpoint
 
 PATTERNS = dict(
     rank_pattern=Table({"mlp.up_proj": 5, r"layers\.2\..*q_proj": 2, "v_proj": 4}),
@@ -151,7 +153,7 @@ def test_forward_and_gradients_are_pefts(tiny, name):
 @pytest.mark.parametrize("kind", ["all at once", "patterns", "dora", "pissa"])
 def test_what_merges_is_what_the_model_with_its_adapter_computes(tiny, tmp_path, kind):
     """And PEFT's own merge gives the same weights."""
-    from gemma_tpu.patch import LowRank, write_patched
+    from gemma_tpu.handoff.patch import LowRank, write_patched
 
     folder = tiny(**SMALL, text_only=True)
     model, values, record = adapted(folder, mesh_of(), **KINDS[kind])
@@ -232,8 +234,8 @@ def test_a_mesh_changes_neither_loss_nor_gradients(tiny, kind, split):
 def test_updates_leave_alone_what_lies_beyond_a_layers_rank_and_where_pissa_started(tiny):
     import optax
 
-    from gemma_tpu import optim
     from gemma_tpu.schema import OptimConfig
+    from gemma_tpu.step import optim
 
     folder = tiny(**SMALL)
     model, values, record = adapted(folder, mesh_of(), **KINDS["all at once"])
@@ -263,8 +265,8 @@ def test_updates_leave_alone_what_lies_beyond_a_layers_rank_and_where_pissa_star
 def test_lora_plus_and_weight_decay_move_as_pefts_optimizer_does():
     import optax
 
-    from gemma_tpu import optim
     from gemma_tpu.schema import OptimConfig
+    from gemma_tpu.step import optim
 
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from peft.optimizers import create_loraplus_optimizer

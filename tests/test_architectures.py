@@ -16,11 +16,13 @@ from arch_helper import CASES, EXPERTS, TEXT_ONLY, rewritten
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import hf_config, loading, lora, mesh, patch, sizes, updates, weights
+from gemma_tpu.adapter import lora, updates
 from gemma_tpu.errors import UserError
+from gemma_tpu.gemma import hf_config, loading, mesh, sizes, weights
+from gemma_tpu.gemma.variants import Layer, Rope, find_blocks
+from gemma_tpu.handoff import patch
 from gemma_tpu.schema import MeshConfig
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.variants import Layer, Rope, find_blocks
+from gemma_tpu.storage.shards import open_checkpoint
 
 ALL = CASES | TEXT_ONLY
 # The limits; MERGED, and on meshes the logits, times the largest logit.

@@ -20,7 +20,7 @@ from test_architectures import (
     tiny_arch,
 )
 
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 __all__ = ["tiny_arch"]
 pytestmark = pytest.mark.slow

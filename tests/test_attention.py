@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tpu import attention as module
-from gemma_tpu.attention import attention
+from gemma_tpu.gemma import attention as module
+from gemma_tpu.gemma.attention import attention
 
 B, N, K, H = 2, 4, 2, 6
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from gemma_tpu import cli, comparison, config
+from gemma_tpu import cli, config
+from gemma_tpu.data.packing import fill
 from gemma_tpu.errors import UserError
-from gemma_tpu.packing import fill
+from gemma_tpu.pages import comparison
 
 HERE = Path(__file__).parent.parent / "recipes" / "gpu_baseline"
 BESIDE = Path(os.environ.get("GEMMA_TPU_CLIENTS", HERE.parent.parent / ".client-envs")) / "trl"
@@ -94,7 +95,10 @@ def test_an_update_has_the_same_rows_on_any_number_of_devices(recipe, tmp_path, 
 def test_what_is_handed_over_is_the_first_state_of_our_own_run(recipe, tmp_path, base32):
     from safetensors.numpy import load_file
 
-    from gemma_tpu import loading, lora, optim, program
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.step import optim
+    from gemma_tpu.training import program
 
     file, out = write(tmp_path, base32), tmp_path / "theirs"
     record = recipe[0].main(str(file), [f"run_dir={out}"])

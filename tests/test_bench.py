@@ -12,8 +12,10 @@ from bench_server import Server
 from test_page import check
 from tokenizers import Tokenizer
 
-from gemma_tpu import bench_file, bench_prompts, cli, scrape, tiny_tokenizer
+from gemma_tpu import cli
+from gemma_tpu.bench import bench_file, bench_prompts, scrape
 from gemma_tpu.errors import UserError
+from gemma_tpu.tiny import tokenizer as tiny_tokenizer
 
 DATA = Path(__file__).parent / "data"
 CACHE = 'vllm:cache_config_info{block_size="16",cache_dtype="auto",enable_prefix_caching="False"} 1.0\n'

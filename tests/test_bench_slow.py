@@ -18,8 +18,8 @@ import pytest
 from bench_server import Server
 
 from gemma_tpu import cli
-from gemma_tpu.bench_prompts import Vocabulary, random_prompts
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.bench.bench_prompts import Vocabulary, random_prompts
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 pytestmark = pytest.mark.slow
 CLIENTS = Path(os.environ.get("GEMMA_TPU_CLIENTS", Path(__file__).parent.parent / ".client-envs"))

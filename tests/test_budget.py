@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import budget, chips, config, sizes
-from gemma_tpu.budget import memory
+from gemma_tpu import config
 from gemma_tpu.errors import UserError
-from gemma_tpu.job import Job, padded, placed
+from gemma_tpu.estimate import budget
+from gemma_tpu.estimate.budget import memory
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.step.job import Job, padded, placed
 
 ALL = ("q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h")
 

@@ -3,7 +3,7 @@
 import pytest
 from hlo_helper import module
 
-from gemma_tpu.buffers import Buffer, memory
+from gemma_tpu.compiled.buffers import Buffer, memory
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 700, page 0, thread-local:

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from runs_helper import assert_same_run, files, one_device, run, saved, write_config
 
-from gemma_tpu import adapters
-from gemma_tpu.checkpoint import Checkpoints, open_existing, shapes_of
+from gemma_tpu.adapter import adapters
 from gemma_tpu.errors import UserError
+from gemma_tpu.run.checkpoint import Checkpoints, open_existing, shapes_of
 
 RECORD = {"shapes": {"a": [[4, 8], "float32"]}, "none": None, "text": "ü \" \n", "list": [1, 2.5, "x", None],
           "big": 2**40, "tiny": 1e-30, "true": True, "empty": {}}  # fmt: skip
@@ -177,7 +177,7 @@ def flip(folder: Path) -> None:
 # In a process of its own: TensorStore's threads complain to pytest about loops that Orbax has closed.
 READ = """\
 import sys
-from gemma_tpu import adapters, devices, errors
+from gemma_tpu import errors; from gemma_tpu.adapter import adapters; from gemma_tpu.hardware import devices
 
 devices.quiet()
 for run, step in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -209,7 +209,7 @@ def test_a_corrupt_checkpoint_is_one_clear_message_and_the_others_can_be_read(wh
 FILLING_RECIPE = """\
 from pathlib import Path
 
-from gemma_tpu import assets, checkpoint, cli
+from gemma_tpu import assets, cli; from gemma_tpu.run import checkpoint
 
 save = checkpoint.Checkpoints.save
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from gemma_tpu import choose, demand, prices
 from gemma_tpu.cli import main
+from gemma_tpu.costs import choose, demand
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import prices
 
 SERVE = {"kind": "serving", "model": "gemma-4-31B-it", "prompt_tokens": 1024, "output_tokens": 512, "requests_per_s": 2}
 TRAIN = {"kind": "training", "model": "gemma-4-31B-it", "tokens": 9.2e6, "row_tokens": 922}

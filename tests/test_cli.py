@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tpu import cli, config
 from gemma_tpu.errors import UserError
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.limit=4", "data.validation=null", "train.batch_size=4"]

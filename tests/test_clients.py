@@ -17,11 +17,12 @@ import pytest
 from safetensors.numpy import load_file
 from serving_helper import CLIENTS
 
-from gemma_tpu import lora, merging, peft_folder
-from gemma_tpu.loading import architecture
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.updates import LowRank
+from gemma_tpu.adapter import lora, peft_folder
+from gemma_tpu.adapter.updates import LowRank
+from gemma_tpu.gemma.loading import architecture
+from gemma_tpu.handoff import merging
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.storage.shards import open_checkpoint
 
 pytestmark = pytest.mark.slow
 NAMES = ("gemma4-e2b", "gemma4-26b-a4b", "gemma4-31b", "gemma3-4b")
@@ -128,7 +129,7 @@ def test_what_peft_itself_saves_comes_back_as_it_is(case, tmp_path):
     fresh = helpers.load(folder, rank=8)
     adapter = peft_folder.read(tmp_path / "theirs", open_checkpoint(folder), fresh.arch)
     values, _ = peft_folder.onto(adapter, fresh.arch, lora.initial(fresh, 0), lora.layout(fresh))
-    from gemma_tpu import loading
+    from gemma_tpu.gemma import loading
 
     shardings, _ = loading.place(fresh, helpers.mesh_of(), True)
     loading.assign(fresh, loading.put(values, shardings))

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from serving_helper import NotServed, Server, lm_eval, log_probabilities, program
 
-from gemma_tpu import merging, peft_folder
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tokenizer import Tokenizer
-from gemma_tpu.updates import LowRank
+from gemma_tpu.adapter import peft_folder
+from gemma_tpu.adapter.updates import LowRank
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.handoff import merging
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.storage.shards import open_checkpoint
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 pytestmark = pytest.mark.slow
 NAMES = ("gemma4-e2b", "gemma4-26b-a4b", "gemma4-31b", "gemma3-1b", "gemma3-4b")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from test_page import check
 
-from gemma_tpu import cli, comparison, comparison_page, config
+from gemma_tpu import cli, config
 from gemma_tpu.errors import UserError
+from gemma_tpu.pages import comparison, comparison_page
 
 STEPS = 30
 

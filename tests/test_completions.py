@@ -6,12 +6,13 @@ import json
 import pytest
 
 import gemma_tpu
-from gemma_tpu import chat, cli, completions, sampler
-from gemma_tpu.asking import Asked, cut, every
-from gemma_tpu.completions import Writer, complete
-from gemma_tpu.drawing import Settings
+from gemma_tpu import cli
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.sampling import chat, completions, sampler
+from gemma_tpu.sampling.asking import Asked, cut, every
+from gemma_tpu.sampling.completions import Writer, complete
+from gemma_tpu.sampling.drawing import Settings
 
 FEW = Settings(max_new_tokens=24, temperature=1.5, seed=1)
 

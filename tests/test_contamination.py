@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gemma_tpu import contamination
 from gemma_tpu.errors import UserError
+from gemma_tpu.evaluation import contamination
 from gemma_tpu.schema import DataConfig
 
 FORM = "I would like you to implement a module named TopModule with the following interface of one bit ports"

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import chips, cost, cost_sources, prices
 from gemma_tpu.cli import main
-from gemma_tpu.cost import Serving, Side, Training
+from gemma_tpu.costs import cost, cost_sources
+from gemma_tpu.costs.cost import Serving, Side, Training
+from gemma_tpu.hardware import chips, prices
 
 RUN = Training(chips.find("v5p-8"), 10.0, 36e6, True, "a test")
 SERVER = Serving(chips.find("v6e-8"), 1000.0, True, "a test")
@@ -226,7 +227,7 @@ def test_before_and_after_say_when_it_is_repaid_and_what_became_worse(capsys, tm
 def test_pages_keep_prediction_and_measurement_apart(capsys, tmp_path):
     import test_page
 
-    from gemma_tpu import cost_page
+    from gemma_tpu.costs import cost_page
 
     for number, words in enumerate((["paper:tpu", "--serve", "paper:tpu/512", "--against", "h100x2"],
                                     [CONFIG, "--serve-on", "v6e-8", "--against-training", "paper:gpu"],

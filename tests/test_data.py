@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tokenizer_helper import AtOnce
 
-from gemma_tpu.data import Loader, Prepared, make_loader, prepare
+from gemma_tpu.data.batches import Loader, Prepared, make_loader, prepare
+from gemma_tpu.data.transforms import codev_answer
 from gemma_tpu.errors import UserError
-from gemma_tpu.transforms import codev_answer
 
 BOS, PAD, TURN = 1, 0, 2
 
@@ -633,5 +633,5 @@ def test_impossible_plans_are_refused(corpus: Prepared, changes: dict, rule: str
 
 
 def test_preparing_data_does_not_import_jax() -> None:
-    code = "import sys, gemma_tpu.data; sys.exit(bool({'jax', 'grain'} & set(sys.modules)))"
+    code = "import sys, gemma_tpu.data.batches; sys.exit(bool({'jax', 'grain'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

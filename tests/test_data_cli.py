@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import cli, display
+from gemma_tpu import cli
+from gemma_tpu.data import display
 
 KEYS = {"rows", "kept", "dropped", "tokens", "target_tokens", "percentiles", "padding_waste", "packing_efficiency",
         "recommended_max_seq_len"}  # fmt: skip

@@ -7,10 +7,10 @@ import pytest
 from patch_helper import ONE, TWO, killed_in_the_second_shard, low_rank, make_base, tree, updates
 from safetensors.numpy import load_file
 
-from gemma_tpu import destination
 from gemma_tpu.errors import UserError
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.storage import destination
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_an_upload_that_breaks_off_is_made_again_whole(tmp_path, bucket, monkeyp
                 raise faults.pop()
 
     monkeypatch.setattr(destination.stage, "writing", broken)
-    monkeypatch.setattr("gemma_tpu.retry.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("gemma_tpu.storage.retry.time.sleep", lambda seconds: None)
     whole = write_patched(base, "memory://patch/out", updates())
     assert not faults and held(bucket) == tree(tmp_path / "out")
     assert whole.changes["down"].moved <= whole.changes["down"].elements

@@ -5,9 +5,9 @@ import pytest
 from patch_helper import BF16, make_base
 from safetensors.numpy import save_file
 
-from gemma_tpu.difference import compare, ulp_distance
-from gemma_tpu.patch import Replace, write_patched
-from gemma_tpu.shards import Checkpoint, open_checkpoint
+from gemma_tpu.handoff.difference import compare, ulp_distance
+from gemma_tpu.handoff.patch import Replace, write_patched
+from gemma_tpu.storage.shards import Checkpoint, open_checkpoint
 
 
 def test_compare_names_identical_changed_reshaped_missing_and_extra(tmp_path):
@@ -28,7 +28,7 @@ def test_compare_names_identical_changed_reshaped_missing_and_extra(tmp_path):
 
 
 def test_compare_goes_through_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemma_tpu.difference._BLOCK_ELEMENTS", 999)
+    monkeypatch.setattr("gemma_tpu.handoff.difference._BLOCK_ELEMENTS", 999)
     base = make_base(tmp_path / "base")
     write_patched(base, tmp_path / "out", {"vision": Replace(base.read("vision").astype(np.float32) + 1)})
     result = compare(base, open_checkpoint(tmp_path / "out"))

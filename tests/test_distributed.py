@@ -12,8 +12,8 @@ import pytest
 from hosts_helper import Hosts
 from runs_helper import SLOW_RECIPE, STEPS, environment, losses, one_device, rows, run, saved, write_config
 
-from gemma_tpu import distributed
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import distributed
 from gemma_tpu.schema import DistributedConfig
 
 
@@ -96,7 +96,7 @@ def test_on_one_host_nothing_is_asked_of_anybody():
 @pytest.mark.parametrize("word, told", [("", "last words\n"), ("watcher.withdraw(); ", "")])
 def test_a_host_that_the_runtime_aborts_has_a_last_word_and_one_that_ends_by_itself_has_none(word, told):
     code = f"""import os
-from gemma_tpu import distributed
+from gemma_tpu.hardware import distributed
 distributed.LastWord.WAIT = distributed.LastWord.WAIT.replace("sys.argv[1]", "'last words'")
 watcher = distributed.LastWord()
 {word}os.abort()"""

@@ -101,7 +101,7 @@ def test_keys_and_files_in_the_text_exist(page: Path) -> None:
     known = keys()
     named = {key for key in re.findall(rf"`((?:{sections})\.[a-z_]+)(?=[`:=\s])", text)}
     files = set(re.findall(r"`((?:tests|recipes|configs|benchmarks|scripts)/[\w./]+\.\w+)`", text))
-    modules = set(re.findall(r"`((?:bundled/)?[a-z_]+\.(?:py|yaml))`", text))
+    modules = set(re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.(?:py|yaml))`", text)) - files
     tests = {name for name in modules if name.startswith("test_")}
     assert not {key for key in named if key.partition(".")[2] not in ("py", "yaml") and key not in known}
     assert not {name for name in files if not (ROOT / name).exists()}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import cli, clouds, serving
+from gemma_tpu import cli
+from gemma_tpu.hardware import clouds
+from gemma_tpu.serving import vllm_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("launching.md", "serving.md")
@@ -51,14 +53,14 @@ def test_a_command_of_the_docs_does_what_it_says(page, variables, words, tmp_pat
     assert out.startswith(("#!/usr/bin/env bash", "{")) and "printed, not done" in err
     if clouds.VARIABLE in variables:
         assert "ZONES=(europe-west4-a)" in out and "our reservation" in out
-    if serving.VARIABLE in variables:
+    if vllm_command.VARIABLE in variables:
         assert "vllm/vllm-tpu@sha256:000" in out
 
 
 def test_the_table_of_the_docs_is_what_the_command_counts():
     text = (ROOT / "docs/serving.md").read_text()
     for on in ("v6e-8", "h100x2"):
-        memory = serving.settle("google/gemma-4-31B-it", on, serving.Wish()).memory
+        memory = vllm_command.settle("google/gemma-4-31B-it", on, vllm_command.Wish()).memory
         told = (f"| {on} | {memory.weights:.1f} GiB | {memory.per_sequence['bfloat16'][16384]:.2f} GiB "
                 f"| {memory.sequences('bfloat16', 16384)} | {memory.sequences('fp8', 16384)} |")  # fmt: skip
         assert told in text

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gemma_tpu import drawing
-from gemma_tpu.drawing import Settings
+from gemma_tpu.sampling import drawing
+from gemma_tpu.sampling.drawing import Settings
 
 DRAWS = 4000
 LOGITS = np.random.default_rng(8).normal(size=24).astype(np.float32) * 1.5

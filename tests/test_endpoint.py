@@ -7,11 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gemma_tpu import cli, retry
-from gemma_tpu.asking import Asked, conversation, every
-from gemma_tpu.drawing import Settings
-from gemma_tpu.endpoint import Endpoint
+from gemma_tpu import cli
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.sampling.asking import Asked, conversation, every
+from gemma_tpu.sampling.drawing import Settings
+from gemma_tpu.sampling.endpoint import Endpoint
+from gemma_tpu.storage import retry
 
 HOT = Settings(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)
 

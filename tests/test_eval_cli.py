@@ -6,7 +6,8 @@ import re
 import pytest
 from verilog_helper import GATES, answer, needs_simulator, write_clone
 
-from gemma_tpu import cli, sandbox
+from gemma_tpu import cli
+from gemma_tpu.evaluation import sandbox
 
 
 @pytest.fixture(scope="module")

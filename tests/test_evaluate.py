@@ -10,12 +10,14 @@ from runs_helper import first_rows, write_base
 from verilog_helper import GATES, answer, needs_simulator, write_clone
 
 import gemma_tpu
-from gemma_tpu import answering, evaluate, runs, sampler, samples, scorecard, verilog
-from gemma_tpu.answering import Draw, Model, Question
-from gemma_tpu.data import prepare
+from gemma_tpu.data.batches import prepare
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.samples import Sample
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.evaluation import answering, evaluate, samples, scorecard, verilog
+from gemma_tpu.evaluation.answering import Draw, Model, Question
+from gemma_tpu.evaluation.samples import Sample
+from gemma_tpu.run import runs
+from gemma_tpu.sampling import sampler
 
 # --- pass@1 -------------------------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ def test_a_server_in_the_place_of_a_model(tmp_path, monkeypatch):
                 made = {"text": answer(gate), "tokens": None, "finish_reason": "stop", "logprobs": None}
                 on_done(place, made)
 
-    monkeypatch.setattr("gemma_tpu.endpoint.Endpoint", Server)
+    monkeypatch.setattr("gemma_tpu.sampling.endpoint.Endpoint", Server)
     monkeypatch.chdir(tmp_path)
     clone = write_clone(tmp_path / "clone")
     found = evaluate.verilog_bench("http://localhost:8000/v1", clone, draw=Draw(), served="mine", concurrency=3)
@@ -304,7 +306,7 @@ def test_a_run_that_has_not_saved_yet_is_refused(held_out_run, tmp_path):
 
 
 def test_another_base_in_its_place_is_refused(held_out_run, tmp_path, monkeypatch):
-    from gemma_tpu import adapters
+    from gemma_tpu.adapter import adapters
 
     other = write_base(tmp_path / "other", seed=5)
     read = adapters.read

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gemma_tpu.exchange import Dialect, apportion, exchange
-from gemma_tpu.latencies import Reply
-from gemma_tpu.wire import Broken, Wire
+from gemma_tpu.bench.exchange import Dialect, apportion, exchange
+from gemma_tpu.bench.latencies import Reply
+from gemma_tpu.bench.wire import Broken, Wire
 
 EVENTS = [{"choices": [{"text": text, "finish_reason": None}]} for text in ("one", " two", "")]
 EVENTS += [{"choices": [{"text": " three", "finish_reason": "length"}]},

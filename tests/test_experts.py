@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma_tpu import experts
-from gemma_tpu import mesh as meshes
-from gemma_tpu.experts import Mixture
-from gemma_tpu.projection import LoRA
-from gemma_tpu.variants import Experts
+from gemma_tpu.gemma import experts
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.experts import Mixture
+from gemma_tpu.gemma.projection import LoRA
+from gemma_tpu.gemma.variants import Experts
 
 D, F, R, EPS = 16, 12, 2, 1e-6
 FROZEN = ("gate_up_proj.w", "down_proj.w")

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from runs_helper import STEPS, rows, run_config, train
 
-from gemma_tpu import chips, data, faults, metrics, oom, sizes, step
+from gemma_tpu.data import batches
 from gemma_tpu.errors import RunError
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.run import metrics
 from gemma_tpu.schema import Config, FaultsConfig
+from gemma_tpu.step import step
+from gemma_tpu.training import faults, oom
 
 ROWS = ["a.jsonl:1", "a.jsonl:7"]
 
@@ -42,7 +47,7 @@ def test_an_unsound_update_leaves_every_bit_but_the_counters(bad):
 @pytest.fixture
 def poisoned(monkeypatch):
     """poisoned(steps): the weights of these steps' batches are no numbers, as a broken row would make the loss."""
-    serve = data.Loader.__getitem__
+    serve = batches.Loader.__getitem__
 
     def poison(wanted: set[int]) -> None:
         def spoilt(self, index: int):
@@ -51,7 +56,7 @@ def poisoned(monkeypatch):
                 batch["weights"] = np.full_like(batch["weights"], np.nan)
             return batch
 
-        monkeypatch.setattr(data.Loader, "__getitem__", spoilt)
+        monkeypatch.setattr(batches.Loader, "__getitem__", spoilt)
 
     return poison
 

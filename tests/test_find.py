@@ -12,9 +12,10 @@ from typing import Annotated, get_args, get_origin
 
 import pytest
 
-from gemma_tpu import assets, catalogue, cli, completion, config, doctor, json_schema, schema
+from gemma_tpu import assets, cli, config, schema
 from gemma_tpu.config import KEYS
 from gemma_tpu.errors import UserError
+from gemma_tpu.onboarding import catalogue, completion, doctor, json_schema
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import yaml
 
-from gemma_tpu import flags
 from gemma_tpu.assets import resolve
+from gemma_tpu.training import flags
 
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 PERMUTES, USERS = "xla_max_concurrent_async_collective_permutes", "xla_tpu_skip_checking_windowed_einsum_users"

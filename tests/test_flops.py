@@ -3,7 +3,7 @@
 import pytest
 from hlo_helper import module
 
-from gemma_tpu.flops import kernel, products
+from gemma_tpu.compiled.flops import kernel, products
 
 
 def product(left: str, right: str, out: str, call: str):

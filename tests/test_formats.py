@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import formats
+from gemma_tpu.data import formats
+from gemma_tpu.data.formats import Conversation, Preference, RowFault, Text
+from gemma_tpu.data.rows import parse
 from gemma_tpu.errors import UserError
-from gemma_tpu.formats import Conversation, Preference, RowFault, Text
-from gemma_tpu.rows import parse
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}

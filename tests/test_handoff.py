@@ -15,11 +15,14 @@ from runs_helper import files, overwrite, run_config, saved, tensors, train
 from safetensors.numpy import load_file, save_file
 
 import gemma_tpu
-from gemma_tpu import adapters, card, cli, merging, peft_folder, weights
+from gemma_tpu import cli
+from gemma_tpu.adapter import adapters, peft_folder
+from gemma_tpu.adapter.updates import LowRank
 from gemma_tpu.errors import UserError
-from gemma_tpu.loading import architecture
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.updates import LowRank
+from gemma_tpu.gemma import weights
+from gemma_tpu.gemma.loading import architecture
+from gemma_tpu.handoff import card, merging
+from gemma_tpu.storage.shards import open_checkpoint
 
 TUNIX = Path(__file__).parent / "fixtures" / "tunix"  # by benchmarks/peers/tunix_save.py
 GIVEN = {"checkpoint": TUNIX / "checkpoints", "layout": "tunix", "base": TUNIX / "base", "rank": 3, "alpha": 7.5}
@@ -276,7 +279,8 @@ def test_training_goes_on_from_an_exported_adapter(exported, base32, whole_run, 
 
 
 def onto(folder, base, rank=8, **config):
-    from gemma_tpu import loading, lora
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
 
     checkpoint = open_checkpoint(base)
     model, _ = loading.build(base, dtype="float32")
@@ -408,7 +412,7 @@ class _Base:
 
 def test_verify_asks_peft_and_a_zeroed_adapter_would_be_seen(whole_run, whole_merged, monkeypatch):
     pytest.importorskip("peft")
-    from gemma_tpu.verify import verify
+    from gemma_tpu.handoff.verify import verify
 
     found = verify(whole_run, merged=whole_merged)
     assert found["ok"] and found["clients"]["peft"]["max_logit_difference"] <= found["clients"]["peft"]["bound"]
@@ -424,7 +428,7 @@ def test_verify_asks_peft_and_a_zeroed_adapter_would_be_seen(whole_run, whole_me
 
 
 def test_verify_takes_a_base_that_has_moved_and_refuses_another(whole_run, whole_merged, base32, base16, tmp_path):
-    from gemma_tpu.verify import verify
+    from gemma_tpu.handoff.verify import verify
 
     shutil.copytree(base32, tmp_path / "moved")
     shutil.copytree(whole_merged, tmp_path / "merged")

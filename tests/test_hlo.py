@@ -3,8 +3,8 @@
 import pytest
 from hlo_helper import module
 
-from gemma_tpu.hlo import HOST, Shape, parse, shapes
-from gemma_tpu.trips import trip_count
+from gemma_tpu.compiled.hlo import HOST, Shape, parse, shapes
+from gemma_tpu.compiled.trips import trip_count
 
 LOOP = """
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
-from gemma_tpu import chips, inference, sizes
-from gemma_tpu.inference import Load, Server
+from gemma_tpu.estimate import inference
+from gemma_tpu.estimate.inference import Load, Server
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
 
 BIG = sizes.architecture("gemma4-31b")
 
@@ -29,7 +31,7 @@ def test_a_mixture_reads_the_experts_that_it_touches():
 
 @pytest.mark.parametrize("size", ["gemma4-31b", "gemma4-e4b", "gemma3-27b"])
 def test_the_cache_is_what_the_sampler_keeps(size):
-    from gemma_tpu import kv_cache
+    from gemma_tpu.gemma import kv_cache
 
     arch = sizes.architecture(size)
     for context in (700, 5000):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gemma_tpu import latencies
+from gemma_tpu.bench import latencies
+from gemma_tpu.bench.latencies import Reply
 from gemma_tpu.errors import UserError
-from gemma_tpu.latencies import Reply
 
 
 def reply(sent, *chunks, **more):

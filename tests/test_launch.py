@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_tpu import chips, cli, clouds, config, launch_script, launching
+from gemma_tpu import cli, config
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import chips, clouds
+from gemma_tpu.launch import launch_script, launching
 
 TOKEN = "hf_a-token-that-must-not-be-seen"
 ROOT = Path(__file__).parent.parent

@@ -4,10 +4,10 @@ import pytest
 from patch_helper import entries, make_base, updates
 from safetensors import safe_open
 
-from gemma_tpu import layout
 from gemma_tpu.errors import UserError
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import open_checkpoint
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.storage import layout
+from gemma_tpu.storage.shards import open_checkpoint
 
 
 def test_new_shards_hold_the_same_tensors_and_none_is_too_large(tmp_path):

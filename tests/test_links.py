@@ -3,7 +3,7 @@
 import pytest
 from hlo_helper import GIGA, place
 
-from gemma_tpu.links import Grid, Transfer, replica_groups, wraps
+from gemma_tpu.compiled.links import Grid, Transfer, replica_groups, wraps
 
 RING = ((0, 1), (1, 3), (3, 2), (2, 0))  # around the square of a 2x2 slice
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu.lite_cli import buckets_for
-from gemma_tpu.lite_fields import CHAT, NEUTRAL, TEXT
-from gemma_tpu.lite_requests import Limits, Refused, Request, parse
+from gemma_tpu.commands.lite_cli import buckets_for
+from gemma_tpu.lite.fields import CHAT, NEUTRAL, TEXT
+from gemma_tpu.lite.requests import Limits, Refused, Request, parse
 
 LIMITS = Limits(prompts=4, samples=4)
 HELLO = [{"role": "user", "content": "hello"}]

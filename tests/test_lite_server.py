@@ -10,13 +10,15 @@ from lite_helper import CAPACITY, QUEUE, Server, wait_for
 from runs_helper import DIMS
 
 import gemma_tpu
-from gemma_tpu import cli, lite_cli, sampler
-from gemma_tpu.asking import Asked, conversation, every
-from gemma_tpu.completions import Writer
-from gemma_tpu.drawing import Settings
-from gemma_tpu.endpoint import Endpoint
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu import cli
+from gemma_tpu.commands import lite_cli
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.sampling import sampler
+from gemma_tpu.sampling.asking import Asked, conversation, every
+from gemma_tpu.sampling.completions import Writer
+from gemma_tpu.sampling.drawing import Settings
+from gemma_tpu.sampling.endpoint import Endpoint
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 NEW = 12
 TEXTS = ["one", "module counter(input clk", "x" * 30, "hello there"]

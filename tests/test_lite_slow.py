@@ -18,11 +18,11 @@ import pytest
 from runs_helper import ROOT, command, environment
 
 import gemma_tpu
-from gemma_tpu.asking import every
-from gemma_tpu.completions import complete
-from gemma_tpu.drawing import Settings
-from gemma_tpu.endpoint import Endpoint
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.sampling.asking import every
+from gemma_tpu.sampling.completions import complete
+from gemma_tpu.sampling.drawing import Settings
+from gemma_tpu.sampling.endpoint import Endpoint
 
 pytestmark = pytest.mark.slow
 STREAMS = 64

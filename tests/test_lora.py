@@ -21,11 +21,12 @@ from helpers import (
     random_rows,
 )
 
-from gemma_tpu import loading, lora, projection
+from gemma_tpu.adapter import lora
 from gemma_tpu.errors import UserError
-from gemma_tpu.model import Decoder
-from gemma_tpu.projection import LoRA, Projection, lora_equations, weight_letters
-from gemma_tpu.variants import gemma4_31b
+from gemma_tpu.gemma import loading, projection
+from gemma_tpu.gemma.model import Decoder
+from gemma_tpu.gemma.projection import LoRA, Projection, lora_equations, weight_letters
+from gemma_tpu.gemma.variants import gemma4_31b
 
 
 def check_against_peft(folder, layers: int, global_layers: int) -> None:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tpu import mesh as meshes
-from gemma_tpu.loss import cross_entropy
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.step.loss import cross_entropy
 
 T, D, V = 23, 12, 37
 

@@ -13,10 +13,12 @@ from hub_server import Hub
 from runs_helper import DIMS, STEPS, files, run_config, saved, tensors, train, write_base
 
 import gemma_tpu
-from gemma_tpu import adapters, merging, weights
+from gemma_tpu.adapter import adapters
 from gemma_tpu.errors import UserError
-from gemma_tpu.loading import architecture
-from gemma_tpu.shards import open_checkpoint
+from gemma_tpu.gemma import weights
+from gemma_tpu.gemma.loading import architecture
+from gemma_tpu.handoff import merging
+from gemma_tpu.storage.shards import open_checkpoint
 
 PERIOD = DIMS["pattern"] + 1
 SCALE = 8 / 4  # alpha / rank of runs_helper's config
@@ -180,7 +182,7 @@ def test_load_gives_float32_logits_that_the_adapter_changes(whole_run, whole_mer
 
 
 def test_load_works_without_segments_on_a_mesh_and_at_another_dtype(whole_run, base32):
-    from gemma_tpu import mesh as meshes
+    from gemma_tpu.gemma import mesh as meshes
 
     tokens, _, _ = probe()
     alone = gemma_tpu.load(base32, adapter=whole_run)(tokens)

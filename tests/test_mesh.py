@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gemma_tpu import mesh as meshes
 from gemma_tpu.errors import UserError
-from gemma_tpu.mesh import Tensor, choose, fix_specs, head_table, sizes, spec_for, tp_choices
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.mesh import Tensor, choose, fix_specs, head_table, sizes, spec_for, tp_choices
+from gemma_tpu.gemma.variants import gemma4_31b
 from gemma_tpu.schema import MeshConfig
-from gemma_tpu.variants import gemma4_31b
 
 BIG = gemma4_31b()
 

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from gemma_tpu import metrics
+from gemma_tpu.run import metrics
 
 
 def row(step: int, **more) -> dict:

@@ -7,8 +7,9 @@ import time
 import fsspec
 import pytest
 
-from gemma_tpu import cli, metrics, runs
-from gemma_tpu.mirrored import Mirror, kept
+from gemma_tpu import cli
+from gemma_tpu.run import metrics, runs
+from gemma_tpu.training.mirrored import Mirror, kept
 
 BUCKET = "memory://bucket/run"
 

@@ -28,12 +28,13 @@ from helpers import (
     write,
 )
 
-from gemma_tpu import kv_cache, loading, step
-from gemma_tpu.hf_config import from_config
-from gemma_tpu.loading import variables
-from gemma_tpu.model import HOST
-from gemma_tpu.projection import LoRA
+from gemma_tpu.gemma import kv_cache, loading
+from gemma_tpu.gemma.hf_config import from_config
+from gemma_tpu.gemma.loading import variables
+from gemma_tpu.gemma.model import HOST
+from gemma_tpu.gemma.projection import LoRA
 from gemma_tpu.schema import Activation, Offloaded
+from gemma_tpu.step import step
 
 TOLERANCE = 1e-4
 

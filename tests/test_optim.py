@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from gemma_tpu import optim
 from gemma_tpu.schema import OptimConfig
+from gemma_tpu.step import optim
 
 PAPER = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=100)
 
@@ -159,8 +159,9 @@ def test_each_is_optaxs_own_with_its_own_betas(name):
 def test_norms_scalars_and_magnitudes_do_not_decay(tiny):
     from helpers import SMALL
 
-    from gemma_tpu import loading, lora
-    from gemma_tpu.projection import Base
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.gemma.projection import Base
 
     model, _ = loading.build(tiny(**SMALL), dtype="float32")
     lora.inject(model, rank=4, alpha=4, dora=True)

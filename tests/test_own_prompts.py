@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gemma_tpu import own_prompts
 from gemma_tpu.errors import UserError
-from gemma_tpu.samples import Sample
+from gemma_tpu.evaluation import own_prompts
+from gemma_tpu.evaluation.samples import Sample
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemma_tpu.data.packing import best_fit, bucket_widths, fill, longest_first, one_each, padding_waste
 from gemma_tpu.errors import UserError
-from gemma_tpu.packing import best_fit, bucket_widths, fill, longest_first, one_each, padding_waste
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "packing.py"
 codev_lengths = runpy.run_path(str(BENCHMARK))["codev_lengths"]

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gemma_tpu import page
-from gemma_tpu.page import Axis, Bar, Curve, Dot, Section
+from gemma_tpu.pages import page
+from gemma_tpu.pages.page import Axis, Bar, Curve, Dot, Section
 
 VOID = {"meta", "br", "hr", "img", "link"}
 

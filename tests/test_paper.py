@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from gemma_tpu import paper
-from gemma_tpu.paper import shown
+from gemma_tpu.costs import paper
+from gemma_tpu.costs.paper import shown
 
 FOUND = {one.id: one for one in paper.discrepancies()}
 CELLS = [
@@ -66,9 +66,9 @@ def test_4_13_comes_of_rounding_twice():
 def test_the_masks_of_the_two_losses_take_different_tokens(tmp_path):
     """What the paper compares: the mean over the answer and the mean over the whole row, of the same rows."""
     from gemma_tpu.config import load
-    from gemma_tpu.corpus import prepare
-    from gemma_tpu.tiny import write_tiny
-    from gemma_tpu.tokenizer import Tokenizer
+    from gemma_tpu.data.corpus import prepare
+    from gemma_tpu.data.tokenizer import Tokenizer
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     tokenizer = Tokenizer(str(write_tiny(tmp_path / "tiny")))
     given = ["data.cache=null", "data.limit=40"]

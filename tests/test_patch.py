@@ -8,10 +8,11 @@ import pytest
 from patch_helper import BF16, EXTRA, ONE, ROOT, TWO, delta, entries, low_rank, make_base, refused, tree, updates
 from safetensors.numpy import save_file
 
-from gemma_tpu import destination, patch
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.patch import LowRank, Replace, write_patched
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.handoff import patch
+from gemma_tpu.handoff.patch import LowRank, Replace, write_patched
+from gemma_tpu.storage import destination
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
 
 # --- bytes ---
 
@@ -173,7 +174,8 @@ def test_memory_stays_below_twice_the_largest_tensor(tmp_path):
     tensors = {f"t{i}": np.zeros((8192, 8192), BF16) for i in range(3)}  # 128 MiB each
     save_file(tensors, tmp_path / "model.safetensors")
     script = (
-        "import sys, numpy as np; from pathlib import Path; from gemma_tpu import patch, shards\n"
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from gemma_tpu.handoff import patch; from gemma_tpu.storage import shards\n"
         "base = shards.open_checkpoint(Path(sys.argv[1])); before = patch.peak_rss_mib()\n"
         "part = patch.LowRank(np.ones((8192, 8), np.float32), np.ones((8, 8192), np.float32), 1.0)\n"
         "report = patch.write_patched(base, Path(sys.argv[2]), {n: part for n in base.names()})\n"

@@ -10,27 +10,18 @@ import pytest
 from runs_helper import ROOT, run_config, train
 from test_page import check, drawn
 
-from gemma_tpu import (
-    advice,
-    budget,
-    chips,
-    cli,
-    compiling,
-    config,
-    plan,
-    plan_page,
-    plan_text,
-    program,
-    subject,
-    sweep,
-)
-from gemma_tpu import calibration as calibrations
-from gemma_tpu.data import make_loader, prepare
+from gemma_tpu import cli, config
+from gemma_tpu.data.batches import make_loader, prepare
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.job import Job
-from gemma_tpu.tokenizer import Tokenizer
-from gemma_tpu.train import Trainer
-from gemma_tpu.workload import Workload, workload
+from gemma_tpu.estimate import advice, budget
+from gemma_tpu.hardware import chips
+from gemma_tpu.planning import calibration as calibrations
+from gemma_tpu.planning import plan, plan_page, plan_text, subject, sweep
+from gemma_tpu.planning.workload import Workload, workload
+from gemma_tpu.step.job import Job
+from gemma_tpu.training import compiling, program
+from gemma_tpu.training.train import Trainer
 
 FAST = str(ROOT / "configs" / "gemma4_31b_v5p8_fast.yaml")
 NO_ROWS = Workload(572, 9_182_198, 0.02, "by a test", counted=False)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from gemma_tpu import arrivals, points
+from gemma_tpu.bench import arrivals, points
+from gemma_tpu.bench.points import Point
 from gemma_tpu.errors import UserError
-from gemma_tpu.points import Point
 
 
 def test_the_papers_sweep_is_six_shapes_at_eight_rates_with_thirty_prompts():

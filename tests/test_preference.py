@@ -9,12 +9,12 @@ import pytest
 from helpers import QUICK, SMALL, load, logits, loss_and_grads, micro_batches, random_rows, relative_error, sheet
 from runs_helper import run_config, train
 
-from gemma_tpu import preference
-from gemma_tpu.data import make_loader
+from gemma_tpu.data.batches import make_loader
+from gemma_tpu.data.pairs import PairRows
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.pairs import PairRows
 from gemma_tpu.schema import DataConfig, PreferenceConfig
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.step import preference
 
 LOSSES = {
     "dpo": PreferenceConfig("dpo", beta=0.3), "dpo_norm": PreferenceConfig("dpo_norm", beta=2.0),
@@ -71,7 +71,7 @@ def test_the_loss_is_the_formulas(tiny, name):
 
 
 def test_the_gradient_predicts_the_change_of_the_loss(tiny):
-    from gemma_tpu import step
+    from gemma_tpu.step import step
 
     model = load(tiny(**SMALL), rank=3)
     model.objective = preference.Pairs(LOSSES["dpo"])
@@ -99,7 +99,7 @@ def test_with_the_adapter_off_the_model_is_its_base_and_keeps_its_adapter(tiny):
 
 def test_at_the_start_policy_and_reference_agree_and_every_pair_costs_ln_2(tiny):
     model = load(tiny(**SMALL), rank=3)
-    from gemma_tpu import loading
+    from gemma_tpu.gemma import loading
 
     zeros = {path: np.zeros(v.shape, np.float32) for path, v in loading.variables(model).items()
              if path.endswith("lora_b")}  # fmt: skip

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gemma_tpu import chips, prices
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import chips, prices
 
 
 def write(folder, text):

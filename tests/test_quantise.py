@@ -16,8 +16,9 @@ from helpers import (
     relative_error,
 )
 
-from gemma_tpu import loading, lora, quantise, start
-from gemma_tpu.projection import Base
+from gemma_tpu.adapter import lora, start
+from gemma_tpu.gemma import loading, quantise
+from gemma_tpu.gemma.projection import Base
 from gemma_tpu.schema import LoraConfig
 
 KINDS = ("int8", "nf4")
@@ -165,7 +166,7 @@ def test_a_mesh_loads_the_same_codes_and_gives_the_same_loss(tiny, kind):
 def test_routed_experts_are_quantised_too(tmp_path, kind, mesh):
     import arch_helper
 
-    from gemma_tpu import mesh as meshes
+    from gemma_tpu.gemma import mesh as meshes
 
     devices = jax.devices()[: 4 if mesh else 1]
     folder = arch_helper.write(tmp_path / "moe", arch_helper.CASES["gemma4-26b-a4b"])

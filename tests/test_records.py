@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import records as module
-from gemma_tpu.datafiles import DataFile, expand, is_here
+from gemma_tpu.data import records as module
+from gemma_tpu.data.datafiles import DataFile, expand, is_here
+from gemma_tpu.data.records import Fault, records
 from gemma_tpu.errors import UserError
-from gemma_tpu.records import Fault, records
 
 ROWS = [{"prompt": f"q{i} \n ü", "response": f"a{i}, \"x\""} for i in range(7)]
 

@@ -10,8 +10,11 @@ import pytest
 from hosts_helper import Hosts
 from runs_helper import files, run_config, write_config
 
-from gemma_tpu import chips, cli, metrics, rehearsal
+from gemma_tpu import cli
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.hardware import chips
+from gemma_tpu.planning import rehearsal
+from gemma_tpu.run import metrics
 
 PARTS = ["load, compile, 10 updates, save", "restore", "merge of one shard", "sample", "room for the checkpoints"]
 

@@ -11,13 +11,14 @@ import pytest
 from hub_server import Hub
 from safetensors.numpy import save_file
 
-from gemma_tpu import loading, mesh, remote, retry
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.remote import BucketSource
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.sources import local_folder, open_source
-from gemma_tpu.streaming import _pages, load
-from gemma_tpu.transfer import Transfer
+from gemma_tpu.gemma import loading, mesh
+from gemma_tpu.gemma.streaming import _pages, load
+from gemma_tpu.storage import remote, retry
+from gemma_tpu.storage.remote import BucketSource
+from gemma_tpu.storage.shards import open_checkpoint
+from gemma_tpu.storage.sources import local_folder, open_source
+from gemma_tpu.storage.transfer import Transfer
 
 TENSORS = {
     "a": np.arange(6 * 40, dtype=np.float32).reshape(6, 40),

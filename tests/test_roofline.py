@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tpu import chips, roofline, sizes
-from gemma_tpu.budget import memory
-from gemma_tpu.job import Job
-from gemma_tpu.roofline import attention_flops, estimate, keys_seen, work
+from gemma_tpu.estimate import roofline
+from gemma_tpu.estimate.budget import memory
+from gemma_tpu.estimate.roofline import attention_flops, estimate, keys_seen, work
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.step.job import Job
 
 ALL = ("q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h")
 

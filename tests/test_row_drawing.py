@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tpu import drawing, row_drawing
-from gemma_tpu.drawing import Settings
-from gemma_tpu.row_drawing import RowNumbers
+from gemma_tpu.sampling import drawing, row_drawing
+from gemma_tpu.sampling.drawing import Settings
+from gemma_tpu.sampling.row_drawing import RowNumbers
 
 VOCAB = 300
 RULES = [

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from runs_helper import STEPS, files, run_config, train, write_base
 
-from gemma_tpu import config, runs
+from gemma_tpu import config
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.run import runs
 
 
 def changed(run: config.Config, section: str, **values) -> config.Config:

@@ -8,10 +8,11 @@ import pytest
 from test_drawing import softmax
 
 import gemma_tpu
-from gemma_tpu import kv_cache, sampler
-from gemma_tpu import mesh as meshes
 from gemma_tpu.errors import UserError
-from gemma_tpu.sampler import Sampler, Settings, generate
+from gemma_tpu.gemma import kv_cache
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.sampling import sampler
+from gemma_tpu.sampling.sampler import Sampler, Settings, generate
 
 LENGTHS = (5, 30, 17, 64, 1, 70)  # the window is 16
 NEW = 20

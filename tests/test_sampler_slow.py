@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gemma_tpu
-from gemma_tpu.sampler import Sampler, Settings
-from gemma_tpu.tiny import ARCHS, write_tiny
-from gemma_tpu.tiny_tokenizer import SPECIAL
+from gemma_tpu.sampling.sampler import Sampler, Settings
+from gemma_tpu.tiny.checkpoint import ARCHS, write_tiny
+from gemma_tpu.tiny.tokenizer import SPECIAL
 
 pytestmark = pytest.mark.slow
 PROMPTS, NEW, ROWS = 200, 12, 16

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gemma_tpu import samples
 from gemma_tpu.errors import UserError
-from gemma_tpu.samples import Sample, Store
+from gemma_tpu.evaluation import samples
+from gemma_tpu.evaluation.samples import Sample, Store
 
 SETTINGS = {"draw": {"n": 2, "seed": 0}, "model": "m"}
 

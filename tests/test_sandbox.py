@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import sandbox
 from gemma_tpu.errors import UserError
+from gemma_tpu.evaluation import sandbox
 
 WORKING = [name for name in sandbox.BOXES if sandbox._works(name)]
 boxed = pytest.mark.skipif(not WORKING, reason="neither bubblewrap nor user namespaces work here")
@@ -107,7 +107,7 @@ def test_what_a_command_leaves_running_ends_with_it(box):
 @boxed
 def test_the_box_dies_with_the_process_that_made_it(box):
     marker = f"49{os.getpid()}"
-    code = f"from gemma_tpu import sandbox; sandbox.run(['sleep', '{marker}'], box={box!r})"
+    code = f"from gemma_tpu.evaluation import sandbox; sandbox.run(['sleep', '{marker}'], box={box!r})"
     maker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     wait_until(lambda: alive(f"sleep {marker}"))
     maker.kill()

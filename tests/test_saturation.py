@@ -4,8 +4,11 @@ import math
 
 import pytest
 
-from gemma_tpu import arrivals, chips, doubts, saturation, serving_floor, sizes
-from gemma_tpu.latencies import Reply, summary
+from gemma_tpu.bench import arrivals, doubts, saturation
+from gemma_tpu.bench.latencies import Reply, summary
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.serving import serving_floor
 
 SETTINGS = {"shared_prefix": 0, "kv_dtype": None, "source": doubts.OURS}
 
@@ -84,7 +87,7 @@ def test_the_floor_of_a_prompt_is_its_operations_at_the_peak():
 def test_layers_that_reuse_keys_count_for_the_last_token_alone():
     """Gemma 4 E2B: 20 of 35 layers, so the floor is far under that of all layers."""
     arch = sizes.architecture("gemma4-e2b")
-    from gemma_tpu.roofline import layer_matmuls
+    from gemma_tpu.estimate.roofline import layer_matmuls
 
     every = 2 * 4096 * sum(sum(layer_matmuls(arch, layer).values()) for layer in arch.layers)
     assert serving_floor.prefill_flops(arch, 4096) < 0.6 * every

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 from helpers import QUICK, load, mesh_of, random_rows, write
 
-from gemma_tpu.packing import best_fit, fill
-from gemma_tpu.tiny_archs import ARCHS
+from gemma_tpu.data.packing import best_fit, fill
+from gemma_tpu.tiny.archs import ARCHS
 
 LENGTHS, T = [20, 9, 23, 7], 64  # a window of 8 reaches from each row into the one before; 5 places of padding
 # Two periods of a local and a global layer; of E2B and E4B the upper one uses the keys and values of the lower.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizer_helper import AtOnce, Made
 
-from gemma_tpu.corpus import prepare
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import DataConfig
 

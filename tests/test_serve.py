@@ -14,10 +14,14 @@ import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from gemma_tpu import chips, cli, hub_cache, serving, serving_memory, sizes
+from gemma_tpu import cli
 from gemma_tpu.errors import UserError
-from gemma_tpu.serving import Wish
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.gemma import sizes
+from gemma_tpu.hardware import chips
+from gemma_tpu.serving import serving_memory, vllm_command
+from gemma_tpu.serving.vllm_command import Wish
+from gemma_tpu.storage import hub_cache
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 ROOT = Path(__file__).parent.parent
 BIG = "google/gemma-4-31B-it"
@@ -36,8 +40,8 @@ def option(words: list[str], name: str) -> str:
 
 
 def test_on_a_tpu_the_container_gets_the_model_by_name_from_a_cache_of_the_hub(model):
-    one = serving.settle(str(model), "v6e-8", Wish(tp=4))
-    words = serving.docker_command(one)
+    one = vllm_command.settle(str(model), "v6e-8", Wish(tp=4))
+    words = vllm_command.docker_command(one)
     assert words[:2] == ["docker", "run"] and "--privileged" in words
     assert option(words, "--network") == "host" and option(words, "--shm-size") == "16G"
     assert option(words, "--entrypoint") == "vllm"
@@ -50,7 +54,7 @@ def test_on_a_tpu_the_container_gets_the_model_by_name_from_a_cache_of_the_hub(m
 
 
 def test_on_a_gpu_it_gets_the_folder(model):
-    words = serving.docker_command(serving.settle(str(model), "h100x2", Wish(kv_dtype="fp8", context=2048)))
+    words = vllm_command.docker_command(vllm_command.settle(str(model), "h100x2", Wish(kv_dtype="fp8", context=2048)))
     assert option(words, "--gpus") == "all" and option(words, "--ipc") == "host"
     assert words[words.index("serve") + 1] == "/model" and f"{model.resolve()}:/model:ro" in words
     assert option(words, "--kv-cache-dtype") == "fp8" and option(words, "--max-model-len") == "2048"
@@ -58,15 +62,16 @@ def test_on_a_gpu_it_gets_the_folder(model):
 
 
 def test_on_a_cpu_and_without_a_container(model):
-    words = serving.docker_command(serving.settle(str(model), "cpu", Wish()))
+    words = vllm_command.docker_command(vllm_command.settle(str(model), "cpu", Wish()))
     assert "--tensor-parallel-size" not in words and any(word.startswith("VLLM_CPU_KVCACHE_SPACE=") for word in words)
-    bare = serving.to_json(serving.settle(str(model), "v6e-4", Wish(container=False, tp=4)))
+    bare = vllm_command.to_json(vllm_command.settle(str(model), "v6e-4", Wish(container=False, tp=4)))
     assert bare["command"][:3] == ["vllm", "serve", str(model.resolve())] and "image" not in bare
 
 
 def test_a_pushed_model_comes_from_the_hub_with_the_token_by_the_environment(model):
-    for one in (serving.settle(BIG, "v6e-8", Wish()), serving.settle(str(model), "v6e-4", Wish(from_hub="me/private"))):
-        words = serving.docker_command(one)
+    for source, slice_name, wish in ((BIG, "v6e-8", Wish()), (str(model), "v6e-4", Wish(from_hub="me/private"))):
+        one = vllm_command.settle(source, slice_name, wish)
+        words = vllm_command.docker_command(one)
         assert words[words.index("serve") + 1] == one.model.repository
         assert option(words[words.index("HF_TOKEN") - 1 :], "--env") == "HF_TOKEN"  # the name alone
         assert not any(word.startswith("HF_TOKEN=") for word in words) and "HF_HUB_OFFLINE=1" not in words
@@ -82,16 +87,16 @@ def test_a_pushed_model_comes_from_the_hub_with_the_token_by_the_environment(mod
     ("gemma3-27b", "h100x2", 2, 1), ("gemma4-12b", "h100x8", 8, 1),
 ])  # fmt: skip
 def test_the_group_is_the_largest_that_the_heads_allow(size, place, tp, replicas):
-    one = serving.settle(sizes.hub_id(size), place, Wish(context=2048))
+    one = vllm_command.settle(sizes.hub_id(size), place, Wish(context=2048))
     assert (one.tp, one.replicas) == (tp, replicas)
 
 
 def test_a_group_that_no_head_count_allows_names_those_that_do():
     told = "--tp 3: 32 query heads do not divide by 3; possible here: 1, 2, 4, 8"
     with pytest.raises(UserError, match=re.escape(told)):
-        serving.settle(BIG, "v6e-8", Wish(tp=3))
+        vllm_command.settle(BIG, "v6e-8", Wish(tp=3))
     with pytest.raises(UserError, match="8 devices of v6e-8 .* do not divide by 16; possible here: 1, 2, 4, 8"):
-        serving.settle(BIG, "v6e-8", Wish(tp=16))
+        vllm_command.settle(BIG, "v6e-8", Wish(tp=16))
 
 
 def test_the_cache_of_a_sequence_is_counted_layer_by_layer():
@@ -130,7 +135,7 @@ def test_weights_of_a_device_count_the_kv_projections_that_are_copied():
 
 def test_the_numbers_are_those_of_the_paper():
     """7.75 GB of weights a chip with the vision tower; and 16k contexts: 10 fit on v6e-8, 34 on two H100."""
-    tpu, gpu = serving.settle(BIG, "v6e-8", Wish()), serving.settle(BIG, "h100x2", Wish())
+    tpu, gpu = vllm_command.settle(BIG, "v6e-8", Wish()), vllm_command.settle(BIG, "h100x2", Wish())
     assert 7.0 < tpu.memory.weights < 7.3
     assert tpu.memory.sequences("bfloat16", 16384) == 10 and gpu.memory.sequences("bfloat16", 16384) == 34
     assert list(tpu.memory.per_sequence["fp8"]) == [2048, 4096, 8192, 16384]
@@ -139,7 +144,7 @@ def test_the_numbers_are_those_of_the_paper():
 
 
 def test_copies_of_the_model_have_their_own_sequences():
-    one, two = (serving.settle(sizes.hub_id("gemma4-e4b"), "h100x2", Wish(tp=tp)) for tp in (2, 1))
+    one, two = (vllm_command.settle(sizes.hub_id("gemma4-e4b"), "h100x2", Wish(tp=tp)) for tp in (2, 1))
     assert (one.replicas, two.replicas) == (1, 2)
     assert two.memory.sequences("bfloat16", 2048) % 2 == 0 and two.memory.weights > one.memory.weights
 
@@ -162,12 +167,12 @@ def test_copies_of_the_model_have_their_own_sequences():
 ])  # fmt: skip
 def test_what_cannot_be_served_is_said_at_once(path, on, wish, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        serving.settle(path, on, wish)
+        vllm_command.settle(path, on, wish)
 
 
 def test_several_mistakes_are_said_together():
     with pytest.raises(UserError) as error:
-        serving.settle("google/gemma-4-12B-it", "v6e-16", Wish(tp=5, context=10**6))
+        vllm_command.settle("google/gemma-4-12B-it", "v6e-16", Wish(tp=5, context=10**6))
     told = str(error.value)
     assert told.startswith("this cannot be served:") and told.count("\n  ") == 4
 
@@ -177,42 +182,43 @@ def test_folders_that_are_no_merged_model_say_how_they_become_one(tmp_path, mode
     run.mkdir()
     (run / "config.yaml").write_text("run_dir: x\n")
     with pytest.raises(UserError, match=f"gemma-tpu merge {run} --out models/run, then serve models/run"):
-        serving.settle(str(run), "v6e-8", Wish())
+        vllm_command.settle(str(run), "v6e-8", Wish())
     (run / "merged").mkdir()
     (run / "merged/config.json").write_text("{}")
     with pytest.raises(UserError, match=f"it has been: serve {run}/merged"):
-        serving.settle(str(run), "v6e-8", Wish())
+        vllm_command.settle(str(run), "v6e-8", Wish())
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter, and vLLM on TPU serves none for Gemma 4: merge it first"):
-        serving.settle(str(adapter), "v6e-8", Wish())
+        vllm_command.settle(str(adapter), "v6e-8", Wish())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no config.json here"):
-        serving.settle(str(tmp_path / "empty"), "v6e-8", Wish())
+        vllm_command.settle(str(tmp_path / "empty"), "v6e-8", Wish())
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     (bare / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer.json: vLLM needs the tokenizer"):
-        serving.settle(str(bare), "v6e-4", Wish(tp=4))
+        vllm_command.settle(str(bare), "v6e-4", Wish(tp=4))
 
 
 def test_an_own_file_pins_the_image(tmp_path, monkeypatch, model):
     own = tmp_path / "own.yaml"
     own.write_text('machines: {tpu: {image: "vllm/vllm-tpu@sha256:abc", local_folders: true}}')
-    monkeypatch.setenv(serving.VARIABLE, str(own))
-    one = serving.settle(str(model), "v6e-4", Wish(tp=4))
+    monkeypatch.setenv(vllm_command.VARIABLE, str(own))
+    one = vllm_command.settle(str(model), "v6e-4", Wish(tp=4))
     assert one.image == "vllm/vllm-tpu@sha256:abc" and one.source == str(own)
-    assert f"{model.resolve()}:/model:ro" in serving.docker_command(one)
+    assert f"{model.resolve()}:/model:ro" in vllm_command.docker_command(one)
     own.write_text("machines: {tpu: {flags: []}, gpu: {flags: [--enforce-eager]}}")
-    assert "--disable_chunked_mm_input" not in serving.docker_command(serving.settle(str(model), "v6e-4", Wish(tp=4)))
-    assert serving.docker_command(serving.settle(str(model), "h100x1", Wish()))[-1] == "--enforce-eager"
+    four = vllm_command.settle(str(model), "v6e-4", Wish(tp=4))
+    assert "--disable_chunked_mm_input" not in vllm_command.docker_command(four)
+    assert vllm_command.docker_command(vllm_command.settle(str(model), "h100x1", Wish()))[-1] == "--enforce-eager"
     own.write_text("machines: {tpu: {flags: [3]}, gpu: {flags: x}}")
     with pytest.raises(UserError, match="tpu.flags: .3. must be a list like .*\n.*gpu.flags: 'x' must be a list of "):
-        serving.settle(str(model), "v6e-4", Wish(tp=4))
+        vllm_command.settle(str(model), "v6e-4", Wish(tp=4))
     own.write_text("machines: {tpu: {flag: [x]}}")
     with pytest.raises(UserError, match="machines.tpu.flag: unknown key; did you mean flags"):
-        serving.settle(str(model), "v6e-4", Wish(tp=4))
+        vllm_command.settle(str(model), "v6e-4", Wish(tp=4))
 
 
 # --- the cache of the hub ---
@@ -317,9 +323,9 @@ n=$(cat {state}/asked 2>/dev/null || echo 0); echo $((n + 1)) > {state}/asked
             (state / name).touch()
         (state / "healthy_after").write_text(str(healthy_after))
         usual = Wish(tp=4, detach=True, cache=tmp_path / "cache", hub_cache=tmp_path / "hub")
-        one = serving.settle(str(model), "v6e-4", wish or usual)
+        one = vllm_command.settle(str(model), "v6e-4", wish or usual)
         path = tmp_path / "serve.sh"
-        path.write_text(serving.script(one).replace("TRIES=540", "TRIES=6"))
+        path.write_text(vllm_command.script(one).replace("TRIES=540", "TRIES=6"))
         env = {"PATH": f"{tools}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "GEMMA_TPU_PAUSE": "0.05",
                "TMPDIR": str(tmp_path)}  # fmt: skip
         out, err = subprocess.DEVNULL, subprocess.PIPE
@@ -395,7 +401,7 @@ def test_a_bare_server_is_waited_for_and_ended_too(start, tmp_path):
                                       ("cpu", Wish(container=False))])  # fmt: skip
 def test_every_script_is_bash_without_a_warning(model, on, wish, tmp_path):
     path = tmp_path / "serve.sh"
-    path.write_text(serving.script(serving.settle(str(model), on, wish)))
+    path.write_text(vllm_command.script(vllm_command.settle(str(model), on, wish)))
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     if shutil.which("shellcheck"):
         found = subprocess.run(["shellcheck", path], capture_output=True, text=True)

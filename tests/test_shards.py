@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 
@@ -99,8 +99,8 @@ def test_reads_a_single_file_without_an_index(tmp_path):
 @pytest.mark.parametrize("large_row, gather", [(1 << 20, 16 << 20), (16, 64)])
 def test_a_slice_equals_numpys_slice_of_the_whole(tmp_path, monkeypatch, name, index, large_row, gather):
     # The second pair of limits makes even these tiny tensors take the paths of the large ones.
-    monkeypatch.setattr("gemma_tpu.shards._LARGE_ROW_BYTES", large_row)
-    monkeypatch.setattr("gemma_tpu.shards._GATHER_BYTES", gather)
+    monkeypatch.setattr("gemma_tpu.storage.shards._LARGE_ROW_BYTES", large_row)
+    monkeypatch.setattr("gemma_tpu.storage.shards._GATHER_BYTES", gather)
     tensors = make_tensors()
     checkpoint = open_checkpoint(write_folder(tmp_path, tensors))
     expected = tensors[name][index]
@@ -158,7 +158,7 @@ def test_memory_stays_flat_while_a_large_checkpoint_is_read(tmp_path):
     tensors = {f"t{i}": np.zeros((1024, 8192), np.float32) for i in range(8)}  # 256 MiB in tensors of 32
     write_folder(tmp_path, tensors)
     script = (
-        "import resource, sys; from pathlib import Path; from gemma_tpu.shards import open_checkpoint\n"
+        "import resource, sys; from pathlib import Path; from gemma_tpu.storage.shards import open_checkpoint\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "c = open_checkpoint(Path(sys.argv[1])); before = peak()\n"
         "for n in c.names(): c.read(n)\n"
@@ -172,7 +172,7 @@ def test_memory_stays_flat_while_a_large_checkpoint_is_read(tmp_path):
 
 
 def test_importing_the_reader_does_not_import_jax_or_torch():
-    script = "import sys, gemma_tpu.patch; sys.exit(bool({'jax', 'torch'} & set(sys.modules)))"
+    script = "import sys, gemma_tpu.handoff.patch; sys.exit(bool({'jax', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
 
 

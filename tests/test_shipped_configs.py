@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import mesh, sizes
 from gemma_tpu.config import Config, differences, load, to_yaml
+from gemma_tpu.gemma import mesh, sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -34,9 +34,10 @@ def state_gib(config: Config, name: str) -> tuple[float, float, int]:
     """On one chip, GiB of weights and of the adapter with its two moments; the parameters of the adapter."""
     from jax.sharding import AbstractMesh, AxisType
 
-    from gemma_tpu import loading, lora
-    from gemma_tpu.model import Decoder
-    from gemma_tpu.projection import Base, LoRA
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.gemma.model import Decoder
+    from gemma_tpu.gemma.projection import Base, LoRA
 
     model = Decoder(sizes.architecture(name), loading.DTYPES[config.model.dtype])
     wanted = config.lora

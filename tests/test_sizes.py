@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from gemma_tpu import sizes
 from gemma_tpu.errors import UserError
-from gemma_tpu.mesh import tp_choices
-from gemma_tpu.variants import Layer, Rope
+from gemma_tpu.gemma import sizes
+from gemma_tpu.gemma.mesh import tp_choices
+from gemma_tpu.gemma.variants import Layer, Rope
 
 # Text parameters; LoRA parameters at rank 64; the largest tp that divides every head count, without and with
 # replicated KV heads.
@@ -104,7 +104,7 @@ def test_26b_has_128_experts_beside_its_dense_mlp_and_no_other_size_has_any():
 @pytest.mark.parametrize("name", COUNTS)
 def test_transformers_makes_the_same_tensors_of_the_same_config(name):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from gemma_tpu.weights import entries
+    from gemma_tpu.gemma.weights import entries
 
     config = sizes.config(name)
     family = {"gemma4": "Gemma4", "gemma4_unified": "Gemma4Unified"}.get(config["model_type"], "Gemma3")
@@ -121,9 +121,10 @@ def test_transformers_makes_the_same_tensors_of_the_same_config(name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_our_model_holds_what_the_counts_say(name):
-    from gemma_tpu import loading, lora
-    from gemma_tpu.model import Decoder
-    from gemma_tpu.projection import Base
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.gemma.model import Decoder
+    from gemma_tpu.gemma.projection import Base
 
     arch = sizes.architecture(name)
     model = Decoder(arch)

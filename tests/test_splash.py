@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tpu import mesh as meshes
-from gemma_tpu import splash
-from gemma_tpu.attention import attention
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma import splash
+from gemma_tpu.gemma.attention import attention
 
 B, T = 2, 256
 

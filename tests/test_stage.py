@@ -12,12 +12,12 @@ import pytest
 from hub_server import Hub
 from safetensors.numpy import save_file
 
-from gemma_tpu import retry
-from gemma_tpu import stage as stage_module
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.remote import MANIFEST, UNFINISHED
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
-from gemma_tpu.stage import stage
+from gemma_tpu.storage import retry
+from gemma_tpu.storage import stage as stage_module
+from gemma_tpu.storage.remote import MANIFEST, UNFINISHED
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.storage.stage import stage
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LEFT = {".gitattributes": b"* lfs", "pytorch_model.bin": b"the same weights again"}

@@ -22,10 +22,10 @@ from patch_helper import (
     updates,
 )
 
-from gemma_tpu import staging
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import Checkpoint
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.storage import staging
+from gemma_tpu.storage.shards import Checkpoint
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -145,8 +145,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from gemma_tpu import patch, updates
-from gemma_tpu.shards import open_checkpoint
+from gemma_tpu.adapter import updates; from gemma_tpu.handoff import patch
+from gemma_tpu.storage.shards import open_checkpoint
 updates.BLOCK_ELEMENTS = 2000
 def slowly(done, total):
     print(done, flush=True)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from gemma_tpu import stats
+from gemma_tpu.evaluation import stats
 
 
 def test_pass_at_k_is_the_unbiased_estimate():

@@ -22,8 +22,10 @@ from helpers import (
     sheet,
 )
 
-from gemma_tpu import loading, lora, step
-from gemma_tpu.projection import Base, LoRA
+from gemma_tpu.adapter import lora
+from gemma_tpu.gemma import loading
+from gemma_tpu.gemma.projection import Base, LoRA
+from gemma_tpu.step import step
 
 VOCAB = SMALL["vocab"]
 RATE = optax.constant_schedule(0.01)

@@ -16,10 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs_helper import environment
 
-from gemma_tpu import loading, streaming
-from gemma_tpu import mesh as meshes
-from gemma_tpu.projection import Base
-from gemma_tpu.tiny import write_tiny
+from gemma_tpu.gemma import loading, streaming
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.projection import Base
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 CHILD = Path(__file__).parent / "streaming_child.py"
 NEVER = 1 << 60

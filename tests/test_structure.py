@@ -13,44 +13,87 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemma_tpu"
 
-# A module imports only from those to its left.
-ORDER = """
-    errors assets schema config overlay chips clouds prices devices distributed variants hf_config torus mesh
-    retry remote hub sources transfer header shards weights lowrank quantise staging updates peft_folder
-    streaming sizes template tokenizer datafiles records turns formats transforms rows encoding workers tokens
-    packing selection corpus data pairs hlo trips flops traffic links work timeline walk buffers splash
-    attention projection experts kv_cache model sites lora loading start loss optim job budget roofline
-    inference cost paper advice flags step preference program compiling runs metrics columns tracing checkpoint
-    faults oom meter trackers logbook drawing row_drawing decoding sampler previews page report comparison
-    comparison_page train adapters asking completions endpoint chat sample_cli lite_fields lite_requests
-    lite_programs lite_batch lite_answers lite_metrics lite_engine lite_app blas stage layout destination patch
-    difference tunix card merging layerwise clients verify sandbox verilog_code verilog verilog_eval stats
-    samples answering verilog_prompts own_prompts scorecard contamination scoring evaluate validate subject
-    calibration workload plan plan_text sweep plan_page plan_cli eval_page arguments lite_cli eval_cli display
-    data_text data_page data_cli rehearsal mirrored train_cli launching manifests launch_script scripts
-    launch_cli hub_cache serving_memory serving serve_cli tiny_tokenizer tiny_towers tiny_archs tiny_config
-    tiny_weights tiny handoff_cli arrivals points latencies wire bench_prompts exchange under_load scrape
-    saturation serving_floor doubts vllm_result bench_file bench bench_text bench_page bench_cli catalogue
-    json_schema new_config doctor completion find_cli cost_sources costing cost_text cost_page cost_cli demand
-    choose choose_cli cli
-""".split()
+
+def listed(text: str) -> list[str]:
+    """`package: one two`, a line or more each, into `package.one`, `package.two`."""
+    names, package = [], ""
+    for line in text.splitlines():
+        if line[:5].strip():  # no continuation line
+            package = ""
+        for word in line.split():
+            if word.endswith(":"):
+                package = word[:-1] + "."
+            else:
+                names.append(package + word)
+    return names
+
+
+# A module imports only from those above it, and from those to its left.
+ORDER = listed("""
+    errors assets schema config overlay
+    hardware: chips clouds prices devices distributed torus
+    storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
+    gemma: variants hf_config mesh weights quantise streaming sizes splash attention projection experts kv_cache
+        model sites loading
+    run: runs metrics checkpoint
+    pages: columns page report comparison comparison_page
+    adapter: lowrank updates peft_folder lora start adapters tunix
+    data: template tokenizer datafiles records turns formats transforms rows encoding workers tokens packing
+        selection corpus batches pairs display data_text data_page
+    compiled: hlo trips flops traffic links work timeline walk buffers
+    step: loss optim job step preference
+    estimate: budget roofline inference advice
+    sampling: drawing row_drawing decoding sampler asking completions endpoint chat
+    training: flags program compiling tracing faults oom meter trackers logbook previews train mirrored
+    handoff: blas patch difference card merging layerwise clients verify
+    planning: subject calibration workload plan plan_text sweep plan_page rehearsal
+    evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
+        scorecard contamination scoring evaluate eval_page
+    lite: fields requests programs batch answers metrics engine app
+    serving: serving_memory vllm_command serving_floor
+    launch: launching manifests launch_script scripts
+    bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result
+        bench_file measuring bench_text bench_page
+    costs: cost paper cost_sources costing cost_text cost_page demand choose
+    tiny: tokenizer towers archs config weights checkpoint
+    onboarding: validate catalogue json_schema new_config doctor completion
+    commands: arguments sample_cli plan_cli lite_cli eval_cli data_cli train_cli launch_cli serve_cli
+        handoff_cli bench_cli find_cli cost_cli choose_cli
+    cli
+""")
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
-WITHOUT_JAX = """
-    errors assets schema config overlay chips clouds prices devices distributed variants hf_config torus retry
-    remote hub sources transfer header shards weights lowrank quantise staging updates peft_folder sizes
-    template tokenizer datafiles records turns formats transforms rows encoding workers tokens packing selection
-    corpus data pairs hlo trips flops traffic links work timeline walk buffers job budget roofline inference
-    cost paper advice flags compiling runs metrics columns comparison comparison_page asking endpoint chat
-    sample_cli lite_fields lite_requests lite_cli faults trackers page report blas stage layout destination
-    patch difference tunix card sandbox verilog_code verilog verilog_eval stats samples answering
-    verilog_prompts own_prompts scorecard contamination scoring eval_page arguments eval_cli subject calibration
-    workload plan_cli cost_cli demand choose_cli display data_text data_page data_cli mirrored train_cli
-    launching manifests launch_script scripts launch_cli hub_cache serving_memory serving serve_cli
-    tiny_tokenizer tiny_towers tiny_archs tiny_config tiny_weights tiny handoff_cli arrivals points latencies
-    wire bench_prompts exchange under_load scrape saturation serving_floor doubts vllm_result bench_file bench
-    bench_text bench_page bench_cli catalogue json_schema doctor completion find_cli cli
-""".split()
+WITHOUT_JAX = listed("""
+    errors assets schema config overlay
+    hardware: chips clouds prices devices distributed torus
+    storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
+    gemma: variants hf_config weights quantise sizes
+    run: runs metrics
+    pages: columns comparison comparison_page page report
+    adapter: lowrank updates peft_folder tunix
+    data: template tokenizer datafiles records turns formats transforms rows encoding workers tokens packing
+        selection corpus batches pairs display data_text data_page
+    compiled: hlo trips flops traffic links work timeline walk buffers
+    step: job
+    estimate: budget roofline inference advice
+    sampling: asking endpoint chat
+    training: flags compiling faults trackers mirrored
+    handoff: blas patch difference card
+    planning: subject calibration workload
+    evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
+        scorecard contamination scoring eval_page
+    lite: fields requests
+    serving: serving_memory vllm_command serving_floor
+    launch: launching manifests launch_script scripts
+    bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result
+        bench_file measuring bench_text bench_page
+    costs: cost paper demand
+    tiny: tokenizer towers archs config weights checkpoint
+    onboarding: catalogue json_schema doctor completion
+    commands: sample_cli lite_cli arguments eval_cli plan_cli cost_cli choose_cli data_cli train_cli launch_cli
+        serve_cli handoff_cli bench_cli find_cli
+    cli
+""")
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "transformers", "torch", "matplotlib"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "orbax": "orbax-checkpoint"}  # where the import has another name
@@ -60,26 +103,28 @@ OPTIONAL |= {"starlette", "uvicorn", "anyio", "prometheus_client"}  # the extra 
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    return {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    """By dotted name inside the package."""
+    paths = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")]
+    paths = [path for path in paths if "bundled" not in path.parts]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text()) for path in paths}
 
 
 def imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
-    """Dotted names that a module imports; `from gemma_tpu import mesh` is gemma_tpu.mesh."""
+    """Dotted names that a module imports; `from gemma_tpu.gemma import mesh` is gemma_tpu.gemma.mesh."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside_functions:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module == "gemma_tpu":
-                yield from (f"gemma_tpu.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield node.module
+            if node.module.startswith("gemma_tpu"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
         yield from imports(node, inside_functions)
 
 
 def own(names: Iterator[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("gemma_tpu.")} & set(ORDER)
+    return {name.removeprefix("gemma_tpu.") for name in names} & set(ORDER)
 
 
 def test_every_module_has_its_place_in_the_order():
@@ -114,9 +159,14 @@ def test_importing_it_imports_nothing_heavy(name):
         queue += own(iter(found)) - seen
 
 
+def test_every_package_says_what_it_is():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
+    assert all(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) for folder in folders)
+
+
 def test_files_stay_small():
-    limits = [(path, 400) for path in PACKAGE.glob("*.py")] + [(path, 120) for path in ROOT.glob("recipes/*.py")]
-    lengths = {path.name: (len(path.read_text().splitlines()), limit) for path, limit in limits}
+    limits = [(path, 400) for path in PACKAGE.rglob("*.py")] + [(path, 120) for path in ROOT.glob("recipes/*.py")]
+    lengths = {str(path): (len(path.read_text().splitlines()), limit) for path, limit in limits}
     assert not {name: found for name, found in lengths.items() if found[0] > found[1]}
 
 
@@ -134,8 +184,9 @@ def test_the_readmes_tree_is_the_real_one():
     assert not missing, "in the tree and not on disk"
     real = {
         str(path.relative_to(ROOT))
-        for pattern in ("gemma_tpu/*.py", "recipes/*.py", "configs/*.yaml", "scripts/*.py", "benchmarks/*.py")
+        for pattern in ("gemma_tpu/**/*.py", "recipes/*.py", "configs/*.yaml", "scripts/*.py", "benchmarks/*.py")
         for path in ROOT.glob(pattern)
+        if path.stem != "__init__" and "bundled" not in path.parts
     }
     assert not real - listed, "on disk and not in the tree"
 

@@ -9,10 +9,10 @@ import chat_helper
 import pytest
 from chat_helper import REVISIONS, THOUGHT, TOOLS, Speaker, called, own, own_tool_turns, thought, trained_runs
 
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tiny_archs import ARCHS
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.tiny.archs import ARCHS
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 SIZES = {"layers": 2, "pattern": 1, "hidden": 32, "mlp": 32}
 OWN = {  # template, its marked copy, what its generation prompt inserts, can it think, has it tools
@@ -309,5 +309,5 @@ def test_a_tokenizer_travels_to_another_process(with_template):
 
 
 def test_importing_the_module_loads_no_heavy_library():
-    code = "import sys, gemma_tpu.template; print({'jax', 'torch', 'transformers', 'jinja2'} & set(sys.modules))"
+    code = "import sys, gemma_tpu.data.template; print({'jax', 'torch', 'transformers', 'jinja2'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

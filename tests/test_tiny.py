@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 TEXTS = [
     "Design module counter_b: 8-bit up counter q, clock clk, synchronous reset rst.",

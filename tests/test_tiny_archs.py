@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_tiny import TEXTS, digests, read_tensors
 
-from gemma_tpu import hf_config
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.tiny import ARCHS, write_tiny
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.gemma import hf_config
+from gemma_tpu.tiny.checkpoint import ARCHS, write_tiny
 
 MODEL_TYPES = {
     "gemma4-e2b": "gemma4", "gemma4-e4b": "gemma4", "gemma4-12b": "gemma4_unified", "gemma4-26b-a4b": "gemma4",

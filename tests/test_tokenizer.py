@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.tiny import write_tiny
-from gemma_tpu.tokenizer import Tokenizer
+from gemma_tpu.tiny.checkpoint import write_tiny
 
 TEXTS = [
     "Write a module named and_gate.\n\nmodule and_gate(input a, output y);\n  assign y = a;\nendmodule\n"
@@ -285,7 +285,7 @@ def test_a_template_in_tokenizer_config_is_used(folder, tmp_path):
 
 
 def test_importing_the_module_loads_no_heavy_library():
-    code = "import sys, gemma_tpu.tokenizer; print({'jax', 'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, gemma_tpu.data.tokenizer; print({'jax', 'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_tpu import corpus, tokens, workers
-from gemma_tpu.corpus import prepare
+from gemma_tpu.data import corpus, tokens, workers
+from gemma_tpu.data.corpus import prepare
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.schema import DataConfig
-from gemma_tpu.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,8 +154,8 @@ def test_a_damaged_entry_is_made_anew(section, tokenizer) -> None:
 
 def test_a_killed_start_leaves_no_entry_and_the_next_clears_what_it_left(section, tokenizer, base32, tmp_path) -> None:
     code = (
-        "import os, signal; from gemma_tpu import tokens; from gemma_tpu.corpus import prepare\n"
-        "from gemma_tpu.schema import DataConfig; from gemma_tpu.tokenizer import Tokenizer\n"
+        "import os, signal; from gemma_tpu.data import tokens; from gemma_tpu.data.corpus import prepare\n"
+        "from gemma_tpu.schema import DataConfig; from gemma_tpu.data.tokenizer import Tokenizer\n"
         "tokens._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"prepare(DataConfig(path={section.path!r}, cache={section.cache!r}, workers=1, validation=None), "
         f"Tokenizer({str(base32)!r}))"
@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_written_is_said(section, tokenizer, tmp_path) ->
 
 def test_workers_end_when_their_parent_is_gone(section, base32) -> None:
     code = (
-        "import os, sys; from gemma_tpu import workers; from gemma_tpu.encoding import Settings\n"
+        "import os, sys; from gemma_tpu.data import workers; from gemma_tpu.data.encoding import Settings\n"
         f"pool = workers.Pool(Settings({{}}, (), 'assistant'), {str(base32)!r}, 1); pool.ready()\n"
         "print(pool._processes[0].pid, flush=True); sys.stdout.close(); os.kill(os.getpid(), 9)"
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemma_tpu import torus
+from gemma_tpu.hardware import torus
 
 
 def slice_of(x: int, y: int, z: int = 1, cores: int = 1):

@@ -27,9 +27,10 @@ from runs_helper import (
     write_config,
 )  # fmt: skip
 
-from gemma_tpu import config, metrics
+from gemma_tpu import config
 from gemma_tpu.errors import RunError
-from gemma_tpu.train import Trainer
+from gemma_tpu.run import metrics
+from gemma_tpu.training.train import Trainer
 
 # --- one run ------------------------------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import transforms
+from gemma_tpu.data import transforms
+from gemma_tpu.data.formats import RowDropped
+from gemma_tpu.data.rows import Account, Chunk, Converter, Place
 from gemma_tpu.errors import UserError
-from gemma_tpu.formats import RowDropped
-from gemma_tpu.rows import Account, Chunk, Converter, Place
 
 MINE = """\
-from gemma_tpu.transforms import Drop
+from gemma_tpu.data.transforms import Drop
 
 def shorten(messages):
     if len(messages) > 2:

@@ -10,11 +10,11 @@ from patch_helper import BF16, ONE, ROOT, TWO, delta, low_rank, make_base, refus
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gemma_tpu import quantise
-from gemma_tpu import updates as arithmetic
-from gemma_tpu.difference import ulp_distance
-from gemma_tpu.patch import LowRank, Replace, write_patched
-from gemma_tpu.shards import open_checkpoint
+from gemma_tpu.adapter import updates as arithmetic
+from gemma_tpu.gemma import quantise
+from gemma_tpu.handoff.difference import ulp_distance
+from gemma_tpu.handoff.patch import LowRank, Replace, write_patched
+from gemma_tpu.storage.shards import open_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32, np.float16])
@@ -68,7 +68,7 @@ def test_replace_rounds_once_and_takes_any_float_and_layout(tmp_path):
 
 def test_blas_is_single_threaded_inside_the_block_and_as_before_after_it():
     script = (
-        "from gemma_tpu import blas\n"
+        "from gemma_tpu.handoff import blas\n"
         "def threads(): return [lib.scipy_openblas_get_num_threads64_() for lib in blas._loaded()]\n"
         "before = threads()\n"
         "with blas.single_threaded() as count: inside = threads()\n"

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tpu.errors import UserError
-from gemma_tpu.hf_config import from_config
-from gemma_tpu.tiny_config import TinyDims, model_config
-from gemma_tpu.variants import Layer, Rope, find_blocks, gemma4_31b
+from gemma_tpu.gemma.hf_config import from_config
+from gemma_tpu.gemma.variants import Layer, Rope, find_blocks, gemma4_31b
+from gemma_tpu.tiny.config import TinyDims, model_config
 
 L = Layer(head_dim=4, kv_heads=2, mlp=8, rope=Rope(1e4), window=8)
 G = Layer(head_dim=8, kv_heads=1, mlp=8, rope=Rope(1e6, 0.25), window=None, k_eq_v=True)

@@ -10,14 +10,15 @@ from runs_helper import overwrite, run_config, tensors, train
 from safetensors.numpy import load_file, save_file
 
 import gemma_tpu
-from gemma_tpu import adapters, merging, updates
+from gemma_tpu.adapter import adapters, updates
+from gemma_tpu.adapter.updates import LowRank
 from gemma_tpu.errors import UserError
-from gemma_tpu.layerwise import Side
-from gemma_tpu.loading import architecture
-from gemma_tpu.patch import write_patched
-from gemma_tpu.shards import open_checkpoint
-from gemma_tpu.updates import LowRank
-from gemma_tpu.verify import Report, _compare_logits, _probe, verify
+from gemma_tpu.gemma.loading import architecture
+from gemma_tpu.handoff import merging
+from gemma_tpu.handoff.layerwise import Side
+from gemma_tpu.handoff.patch import write_patched
+from gemma_tpu.handoff.verify import Report, _compare_logits, _probe, verify
+from gemma_tpu.storage.shards import open_checkpoint
 
 LAYER = "model.language_model.layers.2.self_attn."
 VISION = "model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight"

@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from gemma_tpu import assets, sandbox, verilog, verilog_code
+from gemma_tpu import assets
 from gemma_tpu.errors import UserError
+from gemma_tpu.evaluation import sandbox, verilog, verilog_code
 
 PROBLEMS = verilog.load_problems(assets.resolve("bundled:tiny_verilog/heldout.jsonl"))
 needs_simulator = pytest.mark.skipif(

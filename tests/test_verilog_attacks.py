@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from verilog_helper import GATES, answer, design, needs_simulator, write_clone
 
-from gemma_tpu import verilog, verilog_eval
+from gemma_tpu.evaluation import verilog, verilog_eval
 
 WRONG = "assign z = 1'b0;\n"
 MISMATCHES = 'initial begin $display("Mismatches: 0 in 101 samples"); '

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from verilog_helper import BENCH, GATES, INTERFACE, REAL, answer, design, needs_clone, needs_simulator, write_clone
 
-from gemma_tpu import scoring, verilog, verilog_code, verilog_eval, verilog_prompts
 from gemma_tpu.errors import UserError
+from gemma_tpu.evaluation import scoring, verilog, verilog_code, verilog_eval, verilog_prompts
 
 SPEC, COMPLETE = verilog_eval.TASKS
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hlo_helper import place, text
 
-from gemma_tpu import buffers, chips, hlo
-from gemma_tpu.walk import physical, schedule, walk
+from gemma_tpu.compiled import buffers, hlo
+from gemma_tpu.compiled.walk import physical, schedule, walk
+from gemma_tpu.hardware import chips
 
 # 2 * 1000 * 5000 * 10000 = 0.1 TFLOP: a millisecond. Everything is in VMEM, S(1), where a case is not about HBM.
 DOT = """

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from runs_helper import STEPS, first_rows, rows, run_config, saved, train
 
-from gemma_tpu import cli, metrics, trackers
-from gemma_tpu.checkpoint import Checkpoints, checksum
+from gemma_tpu import cli
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.logbook import Logbook
-from gemma_tpu.meter import Compilations, Meter, Rates
+from gemma_tpu.run import metrics
+from gemma_tpu.run.checkpoint import Checkpoints, checksum
+from gemma_tpu.training import trackers
+from gemma_tpu.training.logbook import Logbook
+from gemma_tpu.training.meter import Compilations, Meter, Rates
 
 # --- TensorBoard --------------------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ def test_lines_that_find_no_room_are_kept_and_written_when_there_is_some(tmp_pat
 
 def test_the_meter_knows_mfu_padding_and_cost(monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 20.0])
-    monkeypatch.setattr("gemma_tpu.meter.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("gemma_tpu.training.meter.time.monotonic", lambda: next(clock))
     meter = Meter(Rates(flops_per_token=1e6, peak_flops=1e9, usd_per_hour=3600.0), spent=5.0)
     meter.restart()
     found = meter.measure(tokens=1000, positions=1250, waited=0.5)  # 2 s
@@ -259,7 +261,7 @@ def test_bits_that_are_not_those_that_were_saved_are_refused(tmp_path, monkeypat
 
 def test_a_save_that_fails_is_tried_again_and_then_the_run_ends(tmp_path, monkeypatch, capsys):
     pauses: list[float] = []
-    monkeypatch.setattr("gemma_tpu.checkpoint.time.sleep", pauses.append)
+    monkeypatch.setattr("gemma_tpu.run.checkpoint.time.sleep", pauses.append)
     writer, failures = Checkpoints(tmp_path, keep=2), [OSError(28, "No space left on device")] * 2
     save = Checkpoints.save
 

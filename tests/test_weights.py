@@ -8,10 +8,10 @@ import pytest
 from helpers import DIMS, EVEN, SMALL, adapter_of, load, mesh_of, write
 from safetensors.numpy import load_file, save_file
 
-from gemma_tpu import loading, weights
 from gemma_tpu.errors import UserError
-from gemma_tpu.projection import Base
-from gemma_tpu.shards import INDEX_FILE, open_checkpoint
+from gemma_tpu.gemma import loading, weights
+from gemma_tpu.gemma.projection import Base
+from gemma_tpu.storage.shards import INDEX_FILE, open_checkpoint
 
 
 def edit(folder, change):
@@ -54,7 +54,7 @@ def test_the_table_fills_every_element_of_every_variable_exactly_once(tiny):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("fsdp", "tp"), [(1, 1), (2, 2)])
 def test_what_is_loaded_goes_back_byte_for_byte(tmp_path, dtype, fsdp, tp):
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     folder = write_tiny(tmp_path / "base", dtype=dtype, tokenizer=False, **EVEN)
     model = load(folder, mesh_of(fsdp, tp), dtype=dtype)
@@ -83,7 +83,7 @@ def test_each_device_of_a_2x2_mesh_holds_its_quarter_of_the_matrices(tiny):
 
 
 def test_a_bfloat16_base_is_widened_exactly(tmp_path):
-    from gemma_tpu.tiny import write_tiny
+    from gemma_tpu.tiny.checkpoint import write_tiny
 
     folder = write_tiny(tmp_path / "base", dtype="bfloat16", tokenizer=False, **SMALL)
     embed = load(folder, dtype="float32").embed.w[...]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_tpu.tokenizer import Rendered
+from gemma_tpu.data.tokenizer import Rendered
 
 
 class AtOnce:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tpu import sandbox
+from gemma_tpu.evaluation import sandbox
 
 REAL = Path(__file__).parents[1] / "../shared/data/verilog-eval"
 needs_clone = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/verilog-eval")

@@ -8,8 +8,10 @@ import numpy as np
 from turns import Rows, Turns, settings
 
 from gemma_tpu import config as configs
-from gemma_tpu import loading, mesh, program, start
-from gemma_tpu.data import Loader, make_loader
+from gemma_tpu.adapter import start
+from gemma_tpu.data.batches import Loader, make_loader
+from gemma_tpu.gemma import loading, mesh
+from gemma_tpu.training import program
 
 
 class Ids:

@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from gemma_tpu.corpus import prepare
-from gemma_tpu.packing import best_fit
+from gemma_tpu.data.corpus import prepare
+from gemma_tpu.data.packing import best_fit
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.schema import DataConfig
-from gemma_tpu.tokenizer import Tokenizer
 
 
 def main() -> None:

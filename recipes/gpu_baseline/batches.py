@@ -8,10 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from gemma_tpu.data import Loader, make_loader, prepare
+from gemma_tpu.data.batches import Loader, make_loader, prepare
+from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import Config
-from gemma_tpu.tokenizer import Tokenizer
 
 IGNORED = -100  # a label that is no target, in transformers
 

@@ -14,10 +14,12 @@ from typing import Any
 from batches import loader_of
 
 from gemma_tpu import config as configs
-from gemma_tpu import devices, peft_folder, runs
+from gemma_tpu.adapter import peft_folder
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
-from gemma_tpu.metrics import say
+from gemma_tpu.hardware import devices
+from gemma_tpu.run import runs
+from gemma_tpu.run.metrics import say
 from gemma_tpu.schema import Config, LoraConfig, OptimConfig
 
 START, RECORD = "start", "hand_over.json"
@@ -64,7 +66,12 @@ def main(path: str, overrides: list[str]) -> dict[str, Any]:
 
 def first_adapter(config: Config) -> tuple[dict[str, Any], str, float]:
     """(A and B by the checkpoint's tensors, as `gemma-tpu train` starts them; the base's name; FLOPs of a token)"""
-    from gemma_tpu import adapters, card, job, loading, lora, merging, program, roofline, start
+    from gemma_tpu.adapter import adapters, lora, start
+    from gemma_tpu.estimate import roofline
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.handoff import card, merging
+    from gemma_tpu.step import job
+    from gemma_tpu.training import program
 
     model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
     say(lora.table(program.adapt(model, config)))
@@ -84,7 +91,7 @@ def rates_of(config: Config, steps: int) -> tuple[list[float], list[str]]:
     import jax
     import numpy as np
 
-    from gemma_tpu import optim
+    from gemma_tpu.step import optim
 
     schedule, notes = optim.schedule(config.optim, steps)
     return [float(rate) for rate in np.asarray(jax.vmap(schedule)(np.arange(steps)))], notes

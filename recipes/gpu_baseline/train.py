@@ -18,10 +18,13 @@ from typing import Any
 from batches import Sheets, loader_of, split
 from hand_over import RECORD, START
 
-from gemma_tpu import __version__, chips, metrics, report, runs
+from gemma_tpu import __version__
 from gemma_tpu.cli import run_script
 from gemma_tpu.errors import UserError
-from gemma_tpu.metrics import say
+from gemma_tpu.hardware import chips
+from gemma_tpu.pages import report
+from gemma_tpu.run import metrics, runs
+from gemma_tpu.run.metrics import say
 from gemma_tpu.schema import Config
 
 try:

@@ -1,0 +1,1 @@
+"""Hours, tokens and prices into dollars; which accelerator suits."""

@@ -1,0 +1,1 @@
+"""Memory, time and what would fit, by arithmetic alone."""

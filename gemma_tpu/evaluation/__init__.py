@@ -1,0 +1,1 @@
+"""Completions scored: simulated Verilog, own prompts, held-out loss; and their statistics."""

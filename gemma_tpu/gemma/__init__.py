@@ -1,0 +1,1 @@
+"""The model: an architecture as data, its mesh, its modules, its weights onto the shards of a mesh."""

@@ -1,0 +1,1 @@
+"""Merged weights and adapters, and the proof that they are right."""

@@ -1,0 +1,1 @@
+"""Chips, slices and prices as data; the devices and hosts of a run."""

@@ -1,0 +1,1 @@
+"""serve-lite: a small OpenAI-compatible server on our own sampler."""

@@ -1,0 +1,1 @@
+"""Prompts in, text out: by our model or by a server."""

@@ -1,0 +1,1 @@
+"""A model and a machine into a vLLM command, or the reason why not."""

@@ -1,0 +1,1 @@
+"""Small random checkpoints in the layouts of the published ones."""

@@ -1,0 +1,35 @@
+"""A profiler trace of some steps of a run."""
+
+from typing import Any
+
+import jax
+
+from gemma_tpu.run.metrics import say
+from gemma_tpu.run.runs import RunFolder
+from gemma_tpu.schema import Config
+
+
+class Profile:
+    """A profiler trace of a window of steps, for TensorBoard's profile plugin or Perfetto."""
+
+    def __init__(self, config: Config, run: RunFolder, start: int):
+        first = config.profile.start
+        self._first = None if first is None or first <= start else first
+        self._last = None if self._first is None else self._first + config.profile.steps - 1
+        self._folder, self._running = run.path / "profile", False
+
+    def before(self, number: int) -> None:
+        if number == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, number: int, found: Any) -> None:
+        if number == self._last:
+            jax.block_until_ready(found)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            say(f"profile of steps {self._first} to {self._last}: {self._folder}")
