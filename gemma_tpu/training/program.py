@@ -17,8 +17,9 @@ from gemma_tpu.adapter import lora
 from gemma_tpu.estimate import advice
 from gemma_tpu.gemma import loading
 from gemma_tpu.gemma import mesh as meshes
-from gemma_tpu.gemma.model import Decoder, Remat
+from gemma_tpu.gemma.model import Decoder
 from gemma_tpu.gemma.projection import Base
+from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.hardware import chips, distributed
 from gemma_tpu.schema import Config
 from gemma_tpu.step import optim, preference, step
