@@ -180,7 +180,9 @@ def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
         )
 
 
-def spec_for(axes: Sequence[str | None], mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None) -> PartitionSpec:
+def spec_for(
+    axes: Sequence[str | None], mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
     """The PartitionSpec of a tensor whose dims have these logical axes; axes of size 1 are left out.
 
     With `shape`, a dim that does not divide is left whole: for activations only, where a batch of one

@@ -69,6 +69,15 @@ class Linear(nnx.Module):
         self.lora_ranks: tuple[int, ...] = ()  # of each layer of the stack (of its K and its V); beyond it are zeros
         self.lora_dropout = 0.0
 
+    @property
+    def adapter(self) -> tuple[LoRA, LoRA] | None:
+        """A and B."""
+        return _both(self.lora_a, self.lora_b)
+
+    @property
+    def start(self) -> tuple[LoRA, LoRA] | None:
+        return _both(self.lora_a0, self.lora_b0)
+
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """The weight itself, or what a quantised one stands for."""
         return self.decoded(self.parts(), dtype)
@@ -106,12 +115,12 @@ class Projection(Linear):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y = self._base(x)
-        if (adapter := _both(self.lora_a, self.lora_b)) is None:
+        if (adapter := self.adapter) is None:
             return y
         down, up = lora_equations(self.equation)
         a, b = self._whole(adapter, x.dtype)
         h = jnp.einsum(down, self._dropped(x, key), a)
-        if (start := _both(self.lora_a0, self.lora_b0)) is not None:
+        if (start := self.start) is not None:
             a0, b0 = jax.lax.stop_gradient(self._whole(start, x.dtype))
             h = jnp.concatenate([h, jnp.einsum(down, x, a0)], axis=-1)
             rank_dim = 1 if weight_letters(self.equation)[0] else 0
@@ -168,11 +177,11 @@ class ExpertProjection(Linear):
 
     def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y_tO = _ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
-        if (adapter := _both(self.lora_a, self.lora_b)) is None:
+        if (adapter := self.adapter) is None:
             return y_tO
         a, b = adapter
         y_tO += self._low_rank(self._dropped(x_tI, key), a[...], b[...], sizes_E)
-        if (start := _both(self.lora_a0, self.lora_b0)) is not None:
+        if (start := self.start) is not None:
             a0, b0 = jax.lax.stop_gradient((start[0][...], start[1][...]))
             y_tO -= self._low_rank(x_tI, a0, b0, sizes_E)
         return y_tO
