@@ -46,7 +46,8 @@ class BatchIterator(Iterator[Any]):
 
     def __init__(self, loader: "Loader", place: Callable[[Batch], Any] | None):
         self._loader, self._place, self._plan = loader, place, loader.plan
-        self._next, self._iterator = 0, None
+        self._next = 0
+        self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
         if self._iterator is None:
