@@ -150,9 +150,8 @@ class DecoderLayer(nnx.Module):
         D, norm = arch.hidden, partial(Norm, arch, arch.hidden, repeats, dtype)
         self.attention = Attention(arch, layer, repeats, dtype)
         self.mlp = MLP(arch, layer, repeats, dtype)
-        self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm = (
-            norm(), norm(), norm(), norm(),
-        )  # fmt: skip
+        self.input_norm, self.post_attention_norm = norm(), norm()
+        self.pre_mlp_norm, self.post_mlp_norm = norm(), norm()
         self.has_experts, self.has_per_layer_input = layer.experts is not None, arch.per_layer_input > 0
         self.has_scalar = arch.layer_scalar
         if layer.experts is not None:
