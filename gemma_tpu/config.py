@@ -20,7 +20,9 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.schema import ALTERNATIVES, Config, Mismatch, cast, closest, conflicts, words
 
 _TOP = get_type_hints(Config, include_extras=True)
-SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in _TOP.items() if is_dataclass(kind)}
+SECTIONS: dict[str, type[Any]] = {
+    name: kind for name, kind in _TOP.items() if isinstance(kind, type) and is_dataclass(kind)
+}
 KEYS: dict[str, Any] = {
     f"{name}.{key}" if name in SECTIONS else name: kind
     for name, top in _TOP.items()
@@ -271,7 +273,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it open
         if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
             problem = "aliases (*), anchors (&) and tags (!) have no use here; quote a value that starts so"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

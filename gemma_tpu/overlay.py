@@ -27,7 +27,8 @@ def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str
     problems = list(_problems(table, given, "", open_at))
     if problems:
         raise UserError(f"{variable}={name}: these entries are wrong:\n  " + "\n  ".join(problems))
-    return _over(table, given, name)
+    merged: dict[str, Any] = _over(table, given, name)
+    return merged
 
 
 def _read(name: str, variable: str) -> Any:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write(out: Path, adapter: Pairs, *, base: str, native: bool = False, overwri
              WEIGHTS: save(tensors, metadata={"format": "pt"}), **(extra or {})}  # fmt: skip
     with staged(out, set(files), overwrite) as folder:
         for name, content in files.items():
-            write_file(folder / name, lambda file, content=content: file.write(content))
+            write_file(folder / name, methodcaller("write", content))
     return config
 
 

@@ -166,7 +166,7 @@ def _csv(file: DataFile) -> Iterator[Placed]:
             raise UserError(f"{file.where}: not CSV at line {reader.line_num + 1}: {error}") from None
 
 
-def _row(row: dict[str | None, Any]) -> Raw:
+def _row(row: dict[str | Any, Any]) -> Raw:
     """Cells that are there and not empty; a row of another width than the header is one that broke."""
     if None in row:
         return Fault("wrong_columns", f"it has {len(row.pop(None))} more cells than the header")

@@ -273,7 +273,7 @@ def chunks(
 def _formed(file: DataFile, section: DataConfig, account: Account) -> tuple[str, Iterable[tuple[int, Any]]]:
     """The file's format, named or found in its first records, and its records without blank lines."""
     items = _filled(records(file), account)
-    form = section.format
+    form: str = section.format
     if form == "auto":
         head = list(itertools.islice(items, LOOKED_AT))
         items = itertools.chain(head, items)

@@ -27,7 +27,8 @@ CHUNK = 256  # queries of a row at a time: their scores are what lives at once
 Queries = tuple[jax.Array, ...]  # of one block, all [b, t, ...]: q, its segments, …, and last its index among the keys
 Keys = tuple[jax.Array, jax.Array, jax.Array]  # of one block: keys, values, segments
 Saved = tuple[jax.Array, ...]  # for the backward pass: the five inputs, the output and each query's sum
-Total, Found = TypeVar("Total"), TypeVar("Found")  # trees of arrays
+Total = TypeVar("Total")  # a tree of arrays
+Found = TypeVar("Found")
 
 
 def attention(

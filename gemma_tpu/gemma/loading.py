@@ -46,7 +46,9 @@ def assign(model: Decoder, values: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(chosen))
 
 
-def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
+def place(
+    model: Decoder, mesh: meshes.AnyMesh, replicate_kv: bool = False
+) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
     """A sharding for every variable, each held against its rank and the mesh; and what had to be changed."""
     tensors, specs = [], {}
     for path, variable in variables(model).items():

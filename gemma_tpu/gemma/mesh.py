@@ -18,6 +18,7 @@ from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware import torus
 from gemma_tpu.schema import MeshConfig
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of nothing but their number (of a slice that is planned)
 AXES = ("data", "fsdp", "expert", "tp")
 
 # logical axis -> mesh axes. A dim whose logical axis is not listed is never split.
@@ -181,7 +182,7 @@ def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
 
 
 def spec_for(
-    axes: Sequence[str | None], mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None
+    axes: Sequence[str | None], mesh: AnyMesh, shape: Sequence[int] | None = None
 ) -> PartitionSpec:
     """The PartitionSpec of a tensor whose dims have these logical axes; axes of size 1 are left out.
 
@@ -259,7 +260,7 @@ def format_fixes(fixes: Sequence[Fix]) -> list[str]:
 
 
 def fix_specs(
-    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: Mesh, whole: frozenset[str] = frozenset()
+    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: AnyMesh, whole: frozenset[str] = frozenset()
 ) -> tuple[dict[str, PartitionSpec], list[Fix]]:
     """Hold every spec against its tensor's rank and the mesh; returns the good specs and what was changed.
 
@@ -284,7 +285,7 @@ def fix_specs(
 
 
 def _whole_where_indivisible(
-    tensor: Tensor, spec: PartitionSpec, mesh: Mesh, whole: frozenset[str], rows: list[Fix], errors: list[str]
+    tensor: Tensor, spec: PartitionSpec, mesh: AnyMesh, whole: frozenset[str], rows: list[Fix], errors: list[str]
 ) -> PartitionSpec:
     entries = list(spec)
     for dim, entry in enumerate(spec):
@@ -302,5 +303,5 @@ def _whole_where_indivisible(
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
+def shardings(mesh: AnyMesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ MOST_UNROLLED = 8  # repeats of a period, where layers are unrolled at all
 Shared = dict[str, Pair]  # by layer kind, the keys and values that later layers take over
 Carry = tuple[jax.Array, Shared]  # x_BTD, and those
 Past = Callable[[int, Number], Pair]  # (slot of the period, repeat): what a cache holds for that layer
+State = nnx.State[Any, Any]  # a layer's variables by their paths: of all its repeats, or of one
 Slots = tuple[Parts, ...]  # of one block, as `Rings` have it
 
 
@@ -348,18 +349,19 @@ def _run_block(
     trained = [part[1] for part in split]
 
     def one_layer(
-        slot: int, repeat: Number, x_BTD: jax.Array, trained_layer: nnx.State, kv: Pair | None,
+        slot: int, repeat: Number, x_BTD: jax.Array, trained_layer: State, kv: Pair | None,
         per_layer_BTP: jax.Array | None,
     ) -> tuple[jax.Array, Pair]:  # fmt: skip
-        graph, _, frozen = split[slot]
+        graph, _, *rest = split[slot]
+        (frozen,) = rest
         at = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False), frozen)
-        layer = nnx.merge(graph, trained_layer, at)
+        layer: DecoderLayer = nnx.merge(graph, trained_layer, at)
         number = block.first + repeat * len(block.period) + slot
         key = None if how.key is None else jax.random.fold_in(how.key, number)
         return layer(x_BTD, ctx, key, kv, None if past is None else past(slot, repeat), per_layer_BTP)
 
     def one_period(
-        carry: Carry, xs: tuple[Number, list[nnx.State], jax.Array | None]
+        carry: Carry, xs: tuple[Number, list[State], jax.Array | None]
     ) -> tuple[Carry, tuple[Pair | None, ...]]:
         (x_BTD, shared), (repeat, trained_now, per_layer_now) = carry, xs
         kept: list[Pair | None] = []

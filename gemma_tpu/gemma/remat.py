@@ -1,7 +1,7 @@
 """Which activations are kept for the backward pass, and where; what is not is computed again."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,8 +16,7 @@ Tree = TypeVar("Tree")
 
 def named(x: Tree, name: str) -> Tree:
     """The same, under the name by which it can be kept."""
-    same: Tree = checkpoint_name(x, name)
-    return same
+    return cast(Tree, checkpoint_name(x, name))
 
 
 def rematerialise(run: Function, remat: Remat) -> Function:
@@ -34,5 +33,4 @@ def rematerialise(run: Function, remat: Remat) -> Function:
             names_which_can_be_saved=device, names_which_can_be_offloaded=host,
             offload_src="device", offload_dst="pinned_host",
         )  # fmt: skip
-    again: Function = jax.checkpoint(run, policy=policy, prevent_cse=False)
-    return again
+    return cast(Function, jax.checkpoint(run, policy=policy, prevent_cse=False))

@@ -81,7 +81,8 @@ def _kernel(heads: int, tokens: int, window: int | None, interpret: bool) -> Cal
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    return kernel.make_splash_mha(
+    made: Callable[..., jax.Array] = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name=NAME, interpret=interpret,
     )  # fmt: skip
+    return made
