@@ -76,9 +76,9 @@ class Site:
         return (self.block.repeats, *self._dims()[0])
 
     def _dims(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        letters = self._letters
-        dims = iter(self.projection.w.shape[1:])
-        return tuple(tuple(next(dims) for _ in group) for group in letters)  # type: ignore[return-value]
+        (stack, out, _), dims = self._letters, self.projection.w.shape[1:]
+        inside = len(stack) + len(out)
+        return dims[: len(stack)], dims[len(stack) : inside], dims[inside:]
 
     @property
     def fan_in(self) -> int:
