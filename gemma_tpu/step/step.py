@@ -21,7 +21,10 @@ Trained = dict[str, jax.Array]
 Frozen = nnx.State[Any, Any]
 State = dict[str, Any]  # {"trained": Trained, "opt": optax state, "step": int32}
 Batch = dict[str, jax.Array]  # [A, B, T] leaves: micro-batches, rows, tokens
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of a Batch that is not there
 Metrics = dict[str, jax.Array]
+Step = Callable[[State, Frozen, Batch], tuple[State, Metrics]]
+Grade = Callable[[Trained, Frozen, Batch], tuple[jax.Array, jax.Array]]  # (summed loss, number of targets)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
 def make_train_step(
     parts: Parts, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, remat: Remat, seed: int,
     dropout: bool,
-) -> Callable[[State, Frozen, Batch], tuple[State, Metrics]]:  # fmt: skip
+) -> Step:  # fmt: skip
     """The function that `train` jits and a planner can lower: (state, frozen, batch) -> (state, metrics)."""
 
     def train_step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
@@ -144,8 +147,8 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(parts: Parts) -> Callable[[Trained, Frozen, Batch], tuple[jax.Array, jax.Array]]:
-    """(what trains, frozen, batch [A, B, T]) -> (summed loss, number of targets)."""
+def make_eval_step(parts: Parts) -> Grade:
+    """Of all micro-batches of a batch."""
 
     def eval_step(trained: Trained, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = parts.merge(trained, frozen)
