@@ -315,7 +315,8 @@ class _Guarded:
                 raise ClientDisconnect from error
 
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         try:
             await self._app(scope, receive, sent)
         except ClientDisconnect:

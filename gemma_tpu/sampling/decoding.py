@@ -122,7 +122,7 @@ class Programs:
         axes = kv_cache.AXES if x.ndim == len(kv_cache.AXES) else (*("batch", None)[: x.ndim],)
         return NamedSharding(self.plan.mesh, spec_for(axes, self.plan.mesh, x.shape))
 
-    def _model(self, leaves: Any) -> Decoder:
+    def model(self, leaves: Any) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
     def _start(self) -> tuple[Store, State]:
@@ -143,7 +143,7 @@ class Programs:
         return store, state
 
     def _prefill(self, leaves: Any, store: Store, sheet: Sheet) -> Store:
-        model = self._model(leaves)
+        model = self.model(leaves)
         x_1TD, new = model.prefill(sheet.tokens_1T, sheet.segments_1T)
         last_E = jnp.maximum(sheet.start_E + sheet.length_E - 1, 0)
         logits_EV = model.logits(x_1TD[0, last_E][:, None])[:, 0]
@@ -160,7 +160,7 @@ class Programs:
         )  # fmt: skip
 
     def _decode(self, leaves: Any, state: State, store: Store, call: Call) -> tuple[State, Report]:
-        model, plan = self._model(leaves), self.plan
+        model, plan = self.model(leaves), self.plan
         state = state._replace(active_B=state.active_B & call.keep_B)
         state = jax.lax.fori_loop(
             0, call.starts.count, lambda number, state: _begin(state, store, call.starts, number), state
