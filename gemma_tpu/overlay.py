@@ -19,7 +19,7 @@ from gemma_tpu.errors import UserError
 
 def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str, Any]:
     """The bundled YAML under the file that the environment variable names, if it names one."""
-    table = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
+    table: dict[str, Any] = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
     name = os.environ.get(variable)
     if not name:
         return table

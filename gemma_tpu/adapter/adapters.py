@@ -33,12 +33,13 @@ class Trained:
 
     @property
     def is_lora(self) -> bool:
-        return self.record["method"] == "lora"
+        return bool(self.record["method"] == "lora")
 
     @property
     def quantised(self) -> str | None:
         """How its base was held in training."""
-        return self.record["config"]["model"].get("quantise")
+        kind: str | None = self.record["config"]["model"].get("quantise")
+        return kind
 
     def numpy(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(value) for path, value in self.values.items()}
@@ -64,6 +65,7 @@ def read(run: str | Path, step: int | None = None) -> Trained:
         if step is not None and step not in checkpoints.steps:
             raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, checkpoints.steps))}")
         at = checkpoints.latest if step is None else step
+        assert at is not None, "a run without checkpoints was refused when they were opened"
         return Trained(run, at, checkpoints.record(at), checkpoints.restore_trained(at))
     finally:
         checkpoints.close()

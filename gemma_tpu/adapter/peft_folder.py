@@ -155,16 +155,15 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     config = _read_config(folder)
     tensors = read_file(folder / WEIGHTS)
     places = _places(base, arch, config)
-    problems, pairs = [], {}
+    problems: list[str] = []
+    pairs: dict[str, dict[str, np.ndarray]] = {}  # of each tensor of the base: A, B and a magnitude
     for name, value in tensors.items():
         found = re.fullmatch(_TENSOR, name)
-        place = places.get(_suffix(found[1])) if found else None
-        if place is None and _is_copy_of_k(name, tensors):
-            continue  # the form for vLLM; V is K, which has its own pair
-        if place is None:
+        module = _suffix(found[1]) if found else None
+        if found and module in places:
+            pairs.setdefault(places[module], {})[found[2] or found[3]] = value.astype(np.float32)
+        elif not _is_copy_of_k(name, tensors):  # the form for vLLM; V is K, which has its own pair
             problems.append(f"{name}: no weight of the base's text tower takes it")
-        else:
-            pairs.setdefault(place, {})[found[2] or found[3]] = value.astype(np.float32)
     parts: dict[str, LowRank] = {}
     for place, pair in pairs.items():
         if not {"A", "B"} <= pair.keys() or pair["A"].ndim != 2 or pair["B"].ndim != 2:
@@ -286,7 +285,7 @@ def onto(adapter: Adapter, arch: Architecture, start: Mapping[str, np.ndarray],
         else:
             a_RI[..., :rank, :] = part.a
             b_OR[..., :rank] = part.b * (part.scale / scale)
-            if dora:
+            if part.magnitude is not None:
                 magnitude = values[f"{stem}.lora_magnitude"][index]
                 magnitude[...] = part.magnitude.reshape(magnitude.shape)
     fresh = sorted(set(trained) - set(adapter.parts))

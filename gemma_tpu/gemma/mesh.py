@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.variants import Architecture
@@ -180,7 +180,9 @@ def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
         )
 
 
-def spec_for(axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
+def spec_for(
+    axes: Sequence[str | None], mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
     """The PartitionSpec of a tensor whose dims have these logical axes; axes of size 1 are left out.
 
     With `shape`, a dim that does not divide is left whole: for activations only, where a batch of one
@@ -212,7 +214,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_for(axes, mesh, x.shape))
+    x = jax.lax.with_sharding_constraint(x, spec_for(axes, mesh, x.shape))
+    return x
 
 
 def gathered(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -221,7 +224,8 @@ def gathered(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return w
     whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_for(axes, mesh, w.shape)))
-    return jax.lax.with_sharding_constraint(w, whole)
+    w = jax.lax.with_sharding_constraint(w, whole)
+    return w
 
 
 @dataclass(frozen=True)

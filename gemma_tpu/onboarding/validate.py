@@ -112,8 +112,8 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         return
     chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
-    if config.lora.init_from is not None:
-        _, notes = start.taken_up(model, config.lora, 0, open_checkpoint(config.model.path))
+    if (folder := config.lora.init_from) is not None:
+        _, notes = start.taken_up(model, folder, config.lora.dora, 0, open_checkpoint(config.model.path))
         found.checked.append(f"lora.init_from: {'; '.join(notes)}")
 
 

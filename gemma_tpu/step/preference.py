@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_tpu.gemma.model import Decoder, Remat, softcap
+from gemma_tpu.gemma.model import Decoder, softcap
+from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.gemma.sites import sites
 from gemma_tpu.schema import Config, PreferenceConfig
 from gemma_tpu.step.loss import MOST_TOKENS

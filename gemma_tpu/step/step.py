@@ -6,15 +6,16 @@ What trains is a plain {path: array} dict: the optimizer, the checkpoint and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gemma_tpu.gemma.model import Decoder, Remat
+from gemma_tpu.gemma.model import Decoder, Objective
 from gemma_tpu.gemma.projection import Base
+from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.step.loss import cross_entropy
 
 Trained = dict[str, jax.Array]
@@ -50,13 +51,6 @@ def take_apart(model: Decoder) -> tuple[Parts, Trained]:
     if len(leaves) != len(flat) or any(a is not b for a, b in zip(leaves, flat.values(), strict=True)):
         raise AssertionError("the flat state lists its leaves in another order than the tree does")
     return Parts(graph, tuple(flat), structure, frozen, model.objective or CrossEntropy()), flat
-
-
-class Objective(Protocol):
-    """What training makes small: a sum over a micro-batch [B, T], and what all micro-batches' sum is divided by."""
-
-    def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array: ...
-    def weight(self, batch: Batch) -> jax.Array: ...
 
 
 class CrossEntropy:
