@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gemma_tpu.gemma import hf_config, quantise, streaming, variants
 from gemma_tpu.gemma import mesh as meshes
@@ -46,7 +46,9 @@ def assign(model: Decoder, values: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(chosen))
 
 
-def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
+def place(
+    model: Decoder, mesh: Mesh | AbstractMesh, replicate_kv: bool = False
+) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
     """A sharding for every variable, each held against its rank and the mesh; and what had to be changed."""
     tensors, specs = [], {}
     for path, variable in variables(model).items():

@@ -259,7 +259,8 @@ def format_fixes(fixes: Sequence[Fix]) -> list[str]:
 
 
 def fix_specs(
-    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: Mesh, whole: frozenset[str] = frozenset()
+    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: Mesh | AbstractMesh,
+    whole: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, PartitionSpec], list[Fix]]:
     """Hold every spec against its tensor's rank and the mesh; returns the good specs and what was changed.
 
@@ -284,7 +285,8 @@ def fix_specs(
 
 
 def _whole_where_indivisible(
-    tensor: Tensor, spec: PartitionSpec, mesh: Mesh, whole: frozenset[str], rows: list[Fix], errors: list[str]
+    tensor: Tensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh, whole: frozenset[str], rows: list[Fix],
+    errors: list[str],
 ) -> PartitionSpec:
     entries = list(spec)
     for dim, entry in enumerate(spec):
@@ -302,5 +304,5 @@ def _whole_where_indivisible(
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
+def shardings(mesh: Mesh | AbstractMesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}

@@ -114,7 +114,7 @@ class Side:
                 index = entry.index if repeat is None else entry.index[1:]
                 out[index] = self.change(entry.hf, self._tensor(entry)).reshape(entry.shape)
         if self.quantised is not None and (inside := self.inputs.get(name)) is not None:
-            return quantise.decode(quantise.encode(out, self.quantised, inside), self.quantised, inside)
+            out = quantise.decode(quantise.encode(out, self.quantised, inside), self.quantised, inside)
         return out
 
     def _tensor(self, entry: Entry) -> np.ndarray:
@@ -124,7 +124,8 @@ class Side:
 
     def _rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         if name in self.values:
-            return self.values[name][rows]
+            here: np.ndarray = self.values[name][rows]
+            return here
         hf, (low, high) = self.table[name][0].hf, (int(rows[0]), int(rows[-1]) + 1)
         if high - low == len(rows):
             read = self.checkpoint.read(hf, slice(low, high))

@@ -88,7 +88,9 @@ class _Work:
     step: int | None = None
 
 
-def _of_run(run_dir: str | Path, base: str | Path | None, out: str | Path | None, step: int | None, onto: Onto) -> _Work:
+def _of_run(
+    run_dir: str | Path, base: str | Path | None, out: str | Path | None, step: int | None, onto: Onto
+) -> _Work:
     trained = adapters.read(run_dir, step)
     where = open_base(trained, base)
     updates = updates_of(trained, loading.architecture(where), onto)

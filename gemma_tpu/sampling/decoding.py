@@ -173,7 +173,9 @@ class Programs:
         def goes_on(loop: tuple[State, Report]) -> jax.Array:
             state, report = loop
             left = jnp.sum(state.active_B)
-            return (report.steps < jnp.minimum(call.steps, plan.steps)) & (left > 0) & (began - left < call.patience)
+            room = report.steps < jnp.minimum(call.steps, plan.steps)
+            more: jax.Array = room & (left > 0) & (began - left < call.patience)
+            return more
 
         def one(loop: tuple[State, Report]) -> tuple[State, Report]:
             state, report = loop
