@@ -59,7 +59,7 @@ class Report:
 def check(texts: Mapping[tuple[str, str], str], rows: Iterable[tuple[str, str]]) -> Report:
     """`texts` by (problem, part); `rows` of training data as (place, text), read once."""
     grams = {key: set(_grams(text)) for key, text in texts.items()}
-    problems: dict[str, Counter] = {}
+    problems: dict[str, Counter[str]] = {}
     for (_, part), own in grams.items():
         problems.setdefault(part, Counter()).update(own)
     common = {gram for counts in problems.values() for gram, count in counts.items() if count >= COMMON}

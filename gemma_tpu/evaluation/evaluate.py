@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ def tiny(
     questions = [Question(one.id, [{"role": "user", "content": one.prompt}]) for one in problems]
     target = _place(target)
     models = _models(target, step, base, served, concurrency)
-    folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
+    folder = out or (_home(target) / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
     results = _measure(
         models, questions, draw, folder, {"eval": "tiny", "problems": _digest([vars(one) for one in problems])},
         scoring.simulated(problems, unsafe), ks,
@@ -143,7 +143,7 @@ def _place(target: str | Path) -> str | Path:
     return target if "://" in str(target) else Path(target)
 
 
-def _is_run(target: str | Path) -> bool:
+def _is_run(target: str | Path) -> TypeGuard[Path]:
     return isinstance(target, Path) and runs.is_run(target)
 
 

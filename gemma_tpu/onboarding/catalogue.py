@@ -4,6 +4,7 @@ The figures are bundled/catalogue.json, so that a list takes no planning: script
 arithmetic of `plan --fast`, and a test computes them again.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -82,7 +83,8 @@ def about(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".py":
         return _sentence(text.split('"""')[1])
-    return _sentence(" ".join(re.match(r"(?:#.*\n)+", text)[0].replace("#", " ").split()))
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return _sentence(" ".join(" ".join(head).replace("#", " ").split()))
 
 
 def _sentence(text: str) -> str:

@@ -101,7 +101,7 @@ def _clear(run: runs.RunFolder, short: Config) -> None:
 
 
 def _is_rehearsal(record: Mapping[str, Any]) -> bool:
-    return record["config"]["run_dir"].endswith(SUFFIX)
+    return str(record["config"]["run_dir"]).endswith(SUFFIX)
 
 
 def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
@@ -134,10 +134,13 @@ def _restore(run: runs.RunFolder, short: Config) -> adapters.Trained:
         return adapters.read(run.path)
     checkpoints = checkpoint.Checkpoints(checkpoint.folder_of(run.path, short.checkpoint.folder))
     try:
-        record = checkpoints.record(checkpoints.latest)
+        latest = checkpoints.latest
+        if latest is None:
+            raise RunError(f"no checkpoint was saved in {checkpoints.folder}")
+        record = checkpoints.record(latest)
         whole = NamedSharding(mesh.build({"data": jax.device_count()}), PartitionSpec())
-        values = checkpoints.restore_trained(checkpoints.latest, dict.fromkeys(record["shapes"], whole))
-        return adapters.Trained(run.path, checkpoints.latest, record, values)
+        values = checkpoints.restore_trained(latest, dict.fromkeys(record["shapes"], whole))
+        return adapters.Trained(run.path, latest, record, values)
     finally:
         checkpoints.close()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gemma_tpu.errors import UserError
 
@@ -15,6 +15,25 @@ class Asked:
 
     prompt: str | Messages
     sample: int = 0
+
+
+class Wanted(Protocol):
+    """How answers are to be drawn: what is read of `drawing.Settings` where JAX is not loaded."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def conversation(prompt: str, system: str | None = None) -> Messages:

@@ -1,20 +1,29 @@
 """A small chat in the terminal, by the checkpoint's own template."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from gemma_tpu.errors import UserError
-from gemma_tpu.sampling.asking import Asked
+from gemma_tpu.sampling.asking import Asked, Messages, Wanted
 
 HELP = "/new begins another conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
-def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: str | None = None,
+class Write(Protocol):
+    """That of a Writer or of an Endpoint."""
+
+    def __call__(
+        self, asked: Sequence[Asked], settings: Wanted, *, stop: Sequence[str] = ...,
+        on_text: Callable[[int, str], None] | None = ...,
+    ) -> list[dict[str, Any]]: ...  # fmt: skip
+
+
+def chat(write: Write, settings: Wanted, *, system: str | None = None,
          stop: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
-    """Turns until the user ends them; `write` is that of a Writer or of an Endpoint. Returns the last conversation."""
+    """Turns until the user ends them. Returns the last conversation."""
     before = [] if system is None else [{"role": "system", "content": system}]
-    turns: list[dict[str, Any]] = []
+    turns: Messages = []
     _say(HELP)
     while (line := _read()) is not None:
         words = line.strip()
@@ -29,7 +38,9 @@ def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: s
     return {"messages": before + turns}
 
 
-def _answer(write, settings: Any, before: list, turns: list, line: str, stop: tuple[str, ...]) -> list:
+def _answer(
+    write: Write, settings: Wanted, before: Messages, turns: Messages, line: str, stop: tuple[str, ...]
+) -> Messages:
     asked = [*turns, {"role": "user", "content": line}]
     said: list[str] = []
 

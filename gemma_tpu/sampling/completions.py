@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class Writer:
                 on_done(number, one)
 
         def shown(number: int, tokens: list[int]) -> None:
-            streams[number].show(tokens, lambda new: on_text(number, new))
+            if on_text is not None:
+                streams[number].show(tokens, partial(on_text, number))
 
         made = self.sampler.run(
             [self.ids(one.prompt) for one in asked], self.tokenizer.stop_ids, settings,

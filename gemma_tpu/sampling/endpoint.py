@@ -17,10 +17,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.sampling.asking import Asked, check_stop, cut
+from gemma_tpu.sampling.asking import Asked, Wanted, check_stop, cut
 from gemma_tpu.storage import retry
 
 CONCURRENCY = 16
@@ -45,14 +45,14 @@ class Endpoint:
         self.model = model or self._only_model()
 
     def _only_model(self) -> str:
-        listed = [one["id"] for one in self._ask("/models").get("data", [])]
+        listed: list[str] = [one["id"] for one in self._ask("/models").get("data", [])]
         if len(listed) != 1:
             named = ", ".join(listed) or "none"
             raise UserError(f"{self.url} serves {named}: say which model to ask (--model NAME)")
         return listed[0]
 
     def write(
-        self, asked: Sequence[Asked], settings: Any, *, stop: Sequence[str] = (),
+        self, asked: Sequence[Asked], settings: Wanted, *, stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None, on_done: Callable[[int, Result], None] | None = None,
         resume: str | Path | None = None,
     ) -> list[Result]:  # fmt: skip
@@ -104,10 +104,10 @@ class Endpoint:
         for job in jobs:
             job.result()
 
-    def _body(self, one: Asked, settings: Any, stop: Sequence[str]) -> dict[str, Any]:
+    def _body(self, one: Asked, settings: Wanted, stop: Sequence[str]) -> dict[str, Any]:
         text = isinstance(one.prompt, str)
         seed = zlib.crc32(f"{settings.seed}/{one.sample}".encode()) >> 1  # samples of a prompt differ, and again do not
-        body = {
+        body: dict[str, Any] = {
             "model": self.model, "prompt" if text else "messages": one.prompt, "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed,
         }  # fmt: skip
@@ -187,7 +187,8 @@ class _Kept:
     """Answers on disk, one line each, by what was asked: the same question is not asked twice, another is."""
 
     def __init__(self, path: str | Path | None):
-        self._path, self._file = None if path is None else Path(path), None
+        self._path = None if path is None else Path(path)
+        self._file: TextIO | None = None
         self.found: dict[str, Result] = {}
         self._end = 0
         if self._path is not None and self._path.exists():

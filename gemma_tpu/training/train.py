@@ -8,7 +8,7 @@ its last state saved or named.
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,23 +76,26 @@ class Trainer:
         agreement = distributed.Agreement()
         unreadable: list[tuple[int, RunError]] = []
         for latest in reversed(checkpoints.steps):
+            saved: dict[str, Any] | None = None
+            failure: RunError | None = None
             try:
-                saved, failure = self._restore(checkpoints, latest), None
+                saved = self._restore(checkpoints, latest)
             except RunError as error:
-                saved, failure = None, error
-            if any(agreement.now([failure is not None])):  # what one host cannot read, none goes on from
+                failure = error
+            unread = any(agreement.now([failure is not None]))  # what one host cannot read, none goes on from
+            if unread or saved is None:
                 elsewhere = RunError(f"{checkpoints.at(latest)}: another host cannot read it")
                 unreadable.append((latest, failure or elsewhere))
                 continue
-            for step_number, error in unreadable:
-                say(f"warning: {error}; it is skipped, and lies in {checkpoints.put_aside(step_number)} now")
+            for step_number, why in unreadable:
+                say(f"warning: {why}; it is skipped, and lies in {checkpoints.put_aside(step_number)} now")
             self.state |= {"trained": saved["trained"], "opt": saved["opt"], "step": self.program.at(latest)}
             self.losses = {int(at): loss for at, loss in saved["record"].get("held_out", {}).items()}
             batches.set_state(saved["record"]["data"])
             return latest
         if unreadable:
             raise RunError(
-                "\n".join(str(error) for _, error in unreadable) + f"\nno checkpoint in {checkpoints.folder} can be "
+                "\n".join(str(why) for _, why in unreadable) + f"\nno checkpoint in {checkpoints.folder} can be "
                 "read, so there is nothing to go on from; move them away to train from the start"
             )
         return 0
@@ -130,7 +133,8 @@ class Trainer:
 
     def compile_all(self, start: int) -> Any:
         """The step for every length of batch that the rest of the run has: one program that takes any of them."""
-        programs = {width: self.compile(self.loader[step]) for width, step in self.loader.first_steps(start).items()}
+        first = self.loader.first_steps(start).items()
+        programs: dict[int, step.Step] = {width: self.compile(self.loader[number]) for width, number in first}
 
         def run(state: step.State, frozen: Any, batch: step.Batch) -> tuple[step.State, step.Metrics]:
             width = batch["tokens"].shape[-1]
@@ -172,7 +176,8 @@ class Trainer:
         early = "" if start >= self.loader.total_steps else f", stopped early of {self.loader.total_steps}"
         say(f"{self.run.path} is complete ({start} updates{early}); to train on, give another run_dir")
         if self.run.summary.exists():
-            return json.loads(self.run.summary.read_text())
+            summary: dict[str, Any] = json.loads(self.run.summary.read_text())
+            return summary
         return self.finish(start, {})
 
     # --- what is measured now and then ------------------------------------------------------------------------
@@ -358,7 +363,7 @@ class _Loop:
 
 
 def held_out_loss(
-    parts: step.Parts, trained: step.Trained, loader: Loader, mesh: Mesh, grade: Callable | None = None
+    parts: step.Parts, trained: step.Trained, loader: Loader, mesh: Mesh, grade: step.Grade | None = None
 ) -> float:
     """Mean loss over every target token of a loader's first epoch; `grade`: the eval step, jitted before."""
     run = grade or jax.jit(step.make_eval_step(parts))
@@ -390,5 +395,5 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def count(parameters: nnx.State) -> int:
+def count(parameters: nnx.State[Any, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))
