@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from gemma_tpu.errors import UserError
+from gemma_tpu.run.metrics import say
 from gemma_tpu.sampling.asking import Asked, Messages, Wanted
 
 HELP = "/new begins another conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
@@ -24,7 +25,7 @@ def chat(write: Write, settings: Wanted, *, system: str | None = None,
     """Turns until the user ends them. Returns the last conversation."""
     before = [] if system is None else [{"role": "system", "content": system}]
     turns: Messages = []
-    _say(HELP)
+    say(HELP)
     while (line := _read()) is not None:
         words = line.strip()
         if words == "/quit":
@@ -32,7 +33,7 @@ def chat(write: Write, settings: Wanted, *, system: str | None = None,
         if words == "/new":
             turns = []
         elif words.startswith("/"):
-            _say(HELP)
+            say(HELP)
         elif words:
             turns = _answer(write, settings, before, turns, line, stop)
     return {"messages": before + turns}
@@ -52,13 +53,13 @@ def _answer(
         # Each answer has its own number among the samples: the same words twice need not get the same answer.
         found = write([Asked([*before, *asked], len(turns))], settings, stop=stop, on_text=show)[0]
     except UserError as error:  # too long, or refused by the template: nothing was answered
-        _say(f"error: {error}; {HELP}")
+        say(f"error: {error}; {HELP}")
         return turns
     except KeyboardInterrupt:
         found = {"text": "".join(said), "finish_reason": "interrupted"}
     print(flush=True)
     if found["finish_reason"] == "length":
-        _say(f"note: cut at {settings.max_new_tokens} tokens")
+        say(f"note: cut at {settings.max_new_tokens} tokens")
     return [*asked, {"role": "assistant", "content": found["text"]}]
 
 
@@ -72,7 +73,3 @@ def _read() -> str | None:
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
         return None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
