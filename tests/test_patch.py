@@ -171,7 +171,7 @@ def test_a_shard_is_tried_and_nothing_stays(tmp_path):
 
 
 def test_peak_memory_is_known_where_the_status_of_a_process_lacks_it(monkeypatch):
-    monkeypatch.setattr(patch.Path, "read_text", lambda *_, **__: "Name:\tpython\nVmRSS:\t 5120 kB\n")  # as sandboxes have it
+    monkeypatch.setattr(patch.Path, "read_text", lambda *_: "Name:\tpython\nVmRSS:\t 5120 kB\n")
     assert patch.peak_rss_mib() > 10
 
 

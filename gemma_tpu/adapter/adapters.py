@@ -1,5 +1,6 @@
 """A model with what a run has trained on it: the adapter applied beside the base, or the trained base itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Trained:
     run: Path
     step: int
     record: dict[str, Any]
-    values: dict[str, jax.Array]
+    values: Mapping[str, jax.Array | np.ndarray]
 
     @property
     def base_folder(self) -> Path:

@@ -111,7 +111,7 @@ def _run_boxed(
             descriptors[name] = memory.fileno()
         _, enter = BOXES[box]
         argv = enter(descriptors, limits) + limits.prlimit() + list(command)
-        popen: Popen = {"pass_fds": tuple(descriptors.values()), "env": ENVIRONMENT, "cwd": "/"}
+        popen: BoxOptions = {"pass_fds": tuple(descriptors.values()), "env": ENVIRONMENT, "cwd": "/"}
         if os.geteuid() == 0:
             popen |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         return _communicate(argv, stdin, limits, popen)
@@ -131,7 +131,7 @@ def _run_bare(command: Sequence[str], files: Mapping[str, bytes], stdin: bytes, 
         return _communicate(prefix + list(command), stdin, limits, {"env": env, "cwd": folder})
 
 
-class Popen(TypedDict):
+class BoxOptions(TypedDict):
     """What `subprocess.Popen` is told of a box."""
 
     env: dict[str, str]
@@ -142,7 +142,7 @@ class Popen(TypedDict):
     extra_groups: NotRequired[list[int]]
 
 
-def _communicate(argv: list[str], stdin: bytes, limits: Limits, popen: Popen) -> Result:
+def _communicate(argv: list[str], stdin: bytes, limits: Limits, popen: BoxOptions) -> Result:
     """Feeds stdin, reads both outputs, never holding more than the limit; kills the tree whatever happens."""
     start = time.monotonic()
     deadline = start + limits.wall_seconds

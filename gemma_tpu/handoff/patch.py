@@ -119,7 +119,7 @@ def try_shard(base: Checkpoint, folder: Path, changes: Mapping[str, Update]) -> 
 def peak_rss_mib() -> float:
     """The most memory that this process has had resident, since it began."""
     status = Path("/proc/self/status")
-    # getrusage would count what the parent held when it started this process; but a sandbox's status may lack the line
+    # getrusage would count what the parent held when it started this process; not every kernel has the line
     text = status.read_text() if status.exists() else ""
     if peak := re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE):
         return int(peak[1]) / 1024

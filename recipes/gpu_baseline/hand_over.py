@@ -81,7 +81,7 @@ def first_adapter(config: Config) -> tuple[dict[str, Any], str, float]:
         values, told = start.taken_up(model, folder, config.lora.dora, config.train.seed, checkpoint)
         say("\n".join(told))
     record = {"method": "lora", "adapter": lora.record(model, config.lora), "config": configs.to_dict(config)}
-    found = merging.updates_of(adapters.Trained(Path(config.run_dir), 0, record, values), model.arch)
+    found = merging.lora_updates(adapters.Trained(Path(config.run_dir), 0, record, values), model.arch)
     flops = roofline.work(model.arch, job.Job.of(config, {}, "none")).useful
     return found, card.name_of(str(config.model.path)), flops
 
