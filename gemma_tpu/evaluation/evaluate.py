@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_tpu import assets
 from gemma_tpu.adapter import adapters
-from gemma_tpu.data.batches import make_loader, prepare
+from gemma_tpu.data.batches import Loader, make_loader, prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import (
@@ -262,7 +262,7 @@ def loss(target: str | Path, step: int | None = None) -> dict[str, Any]:
     return results
 
 
-def _loss_of(model: Decoder, loader: Any) -> float:
+def _loss_of(model: Decoder, loader: Loader) -> float:
     model.trains = LoRA
     parts, trained = take_apart(model)
     with jax.set_mesh(loading.one_device_mesh()):

@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tpu import assets, config
 from gemma_tpu.errors import UserError
 from gemma_tpu.pages.columns import table
+
+if TYPE_CHECKING:
+    from gemma_tpu.hardware.chips import Slice
 
 FIGURES = "bundled:catalogue.json"
 FOLDERS = ("configs", "recipes")
@@ -60,7 +63,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def slice_of(file: Path) -> Any:
+def slice_of(file: Path) -> "Slice | None":
     """By the name of the file; the devices of this machine have no say in what ships."""
     from gemma_tpu.hardware import chips
 

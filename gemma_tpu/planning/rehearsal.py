@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ from gemma_tpu.training import faults  # fmt: skip
 STEPS = 10
 SUFFIX = "-rehearsal"
 LIMIT_S = 600.0  # what a rehearsal is meant to take at most
+T = TypeVar("T")
 
 
 @dataclass
@@ -104,7 +105,7 @@ def _is_rehearsal(record: Mapping[str, Any]) -> bool:
     return str(record["config"]["run_dir"]).endswith(SUFFIX)
 
 
-def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
+def _do(checks: list[Check], name: str, action: Callable[[], T], tell: Callable[[T], str]) -> T | None:
     begun = time.monotonic()
     try:
         found = action()

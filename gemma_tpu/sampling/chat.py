@@ -1,26 +1,16 @@
 """A small chat in the terminal, by the checkpoint's own template."""
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.run.metrics import say
-from gemma_tpu.sampling.asking import Asked, Messages, Wanted
+from gemma_tpu.sampling.asking import Asked, How, Messages, Write
 
 HELP = "/new begins another conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
-class Write(Protocol):
-    """That of a Writer or of an Endpoint."""
-
-    def __call__(
-        self, asked: Sequence[Asked], settings: Wanted, *, stop: Sequence[str] = ...,
-        on_text: Callable[[int, str], None] | None = ...,
-    ) -> list[dict[str, Any]]: ...  # fmt: skip
-
-
-def chat(write: Write, settings: Wanted, *, system: str | None = None,
+def chat(write: Write[How], settings: How, *, system: str | None = None,
          stop: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
     """Turns until the user ends them. Returns the last conversation."""
     before = [] if system is None else [{"role": "system", "content": system}]
@@ -40,7 +30,7 @@ def chat(write: Write, settings: Wanted, *, system: str | None = None,
 
 
 def _answer(
-    write: Write, settings: Wanted, before: Messages, turns: Messages, line: str, stop: tuple[str, ...]
+    write: Write[How], settings: How, before: Messages, turns: Messages, line: str, stop: tuple[str, ...]
 ) -> Messages:
     asked = [*turns, {"role": "user", "content": line}]
     said: list[str] = []
@@ -56,7 +46,7 @@ def _answer(
         say(f"error: {error}; {HELP}")
         return turns
     except KeyboardInterrupt:
-        found = {"text": "".join(said), "finish_reason": "interrupted"}
+        found = {"text": "".join(said), "tokens": None, "finish_reason": "interrupted", "logprobs": None}
     print(flush=True)
     if found["finish_reason"] == "length":
         say(f"note: cut at {settings.max_new_tokens} tokens")

@@ -9,12 +9,12 @@ Letters: B rows, E stored prompts, T tokens of a sheet, S slots, V vocabulary, C
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from gemma_tpu.gemma import kv_cache
 from gemma_tpu.gemma.kv_cache import Rings
@@ -23,7 +23,7 @@ from gemma_tpu.gemma.model import Decoder
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.sampling import drawing, row_drawing
 from gemma_tpu.sampling.drawing import Numbers, Rules
-from gemma_tpu.sampling.row_drawing import RowNumbers
+from gemma_tpu.sampling.row_drawing import Given, RowNumbers
 
 STOPS = 8  # stop ids are padded to a multiple of it
 
@@ -31,11 +31,11 @@ STOPS = 8  # stop ids are padded to a multiple of it
 class Sheet(NamedTuple):
     """Prompts side by side, segments 1, 2, 3 …; where each begins, its length, and its row of the store."""
 
-    tokens_1T: Any
-    segments_1T: Any
-    start_E: Any
-    length_E: Any
-    row_E: Any  # E: this one is no prompt
+    tokens_1T: Given
+    segments_1T: Given
+    start_E: Given
+    length_E: Given
+    row_E: Given  # E: this one is no prompt
 
 
 class Store(NamedTuple):
@@ -62,20 +62,20 @@ class State(NamedTuple):
 class Starts(NamedTuple):
     """The first `count` entries say which row begins a sample of which stored prompt."""
 
-    count: Any
-    row_B: Any
-    stored_B: Any
-    key_B2: Any
-    limit_B: Any
+    count: Given
+    row_B: Given
+    stored_B: Given
+    key_B2: Given
+    limit_B: Given
 
 
 class Call(NamedTuple):
     starts: Starts
-    keep_B: Any  # rows that go on; the others were stopped from outside
-    stop_ids_N: Any  # of all rows, or [B, N]: each row's own
+    keep_B: Given  # rows that go on; the others were stopped from outside
+    stop_ids_N: Given  # of all rows, or [B, N]: each row's own
     numbers: Numbers | RowNumbers
-    steps: Any  # at most so many, and at most C
-    patience: Any  # return when so many rows have ended
+    steps: Given  # at most so many, and at most C
+    patience: Given  # return when so many rows have ended
 
 
 class Report(NamedTuple):
@@ -92,7 +92,7 @@ class Plan:
     """Everything that the programs are compiled for."""
 
     arch: Architecture
-    dtype: Any
+    dtype: jnp.dtype
     rows: int
     capacity: int  # tokens of a sequence, prompt and completion
     stored: int
@@ -100,7 +100,7 @@ class Plan:
     sheet: int
     steps: int
     rules: Rules
-    mesh: Any
+    mesh: Mesh
 
 
 class Programs:
@@ -118,11 +118,11 @@ class Programs:
     def compiled(self) -> dict[str, int]:
         return {"prefill": compilations(self.prefill), "decode": compilations(self.decode)}
 
-    def _sharding(self, x: Any) -> NamedSharding:
+    def _sharding(self, x: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = kv_cache.AXES if x.ndim == len(kv_cache.AXES) else (*("batch", None)[: x.ndim],)
         return NamedSharding(self.plan.mesh, spec_for(axes, self.plan.mesh, x.shape))
 
-    def model(self, leaves: Any) -> Decoder:
+    def model(self, leaves: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
     def _start(self) -> tuple[Store, State]:
@@ -142,7 +142,7 @@ class Programs:
         )  # fmt: skip
         return store, state
 
-    def _prefill(self, leaves: Any, store: Store, sheet: Sheet) -> Store:
+    def _prefill(self, leaves: list[jax.Array], store: Store, sheet: Sheet) -> Store:
         model = self.model(leaves)
         x_1TD, new = model.prefill(sheet.tokens_1T, sheet.segments_1T)
         last_E = jnp.maximum(sheet.start_E + sheet.length_E - 1, 0)
@@ -159,7 +159,7 @@ class Programs:
             store.length_E.at[sheet.row_E].set(sheet.length_E, mode="drop"), seen_EV,
         )  # fmt: skip
 
-    def _decode(self, leaves: Any, state: State, store: Store, call: Call) -> tuple[State, Report]:
+    def _decode(self, leaves: list[jax.Array], state: State, store: Store, call: Call) -> tuple[State, Report]:
         model, plan = self.model(leaves), self.plan
         state = state._replace(active_B=state.active_B & call.keep_B)
         state = jax.lax.fori_loop(
@@ -198,7 +198,7 @@ def compilations(program: jax.stages.Wrapped) -> int:
     return count
 
 
-def _begin(state: State, store: Store, starts: Starts, number: Any) -> State:
+def _begin(state: State, store: Store, starts: Starts, number: jax.Array) -> State:
     """A row takes up a stored prompt."""
     row, stored = starts.row_B[number], starts.stored_B[number]
     seen_BV = state.seen_BV

@@ -17,12 +17,15 @@ from gemma_tpu.sampling.drawing import Numbers, Rules, Span
 COMPILED = Rules(draws=True, top_k=0, top_p=True, min_p=True, penalty=True)  # what must be ready for any row
 
 
+Given = Any  # an array: numpy's where a caller fills it in, JAX's inside of the program
+
+
 class RowNumbers(NamedTuple):
-    temperature_B: Any  # 0: greedy
-    top_k_B: Any  # 0: all tokens
-    top_p_B: Any
-    min_p_B: Any
-    penalty_B: Any  # 1: none
+    temperature_B: Given  # 0: greedy
+    top_k_B: Given  # 0: all tokens
+    top_p_B: Given
+    min_p_B: Given
+    penalty_B: Given  # 1: none
 
 
 def draw(

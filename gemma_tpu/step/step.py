@@ -6,7 +6,7 @@ What trains is a plain {path: array} dict: the optimizer, the checkpoint and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from gemma_tpu.gemma.projection import Base
 from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.step.loss import cross_entropy
 
+Tree = TypeVar("Tree")
 Trained = dict[str, jax.Array]
 Frozen = nnx.State[Any, Any]
 State = dict[str, Any]  # {"trained": Trained, "opt": optax state, "step": int32}
@@ -34,7 +35,7 @@ class Parts:
 
     graph: nnx.GraphDef[Decoder]
     names: tuple[str, ...]
-    structure: Any  # of the nnx.State that holds what trains, leaves in the order of `names`
+    structure: jax.tree_util.PyTreeDef  # of the nnx.State that holds what trains, leaves in the order of `names`
     frozen: Frozen
     objective: "Objective"
 
@@ -99,7 +100,7 @@ def mean_loss_and_grads(
     return loss, grads
 
 
-def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
+def keep_if_unsound(sound: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new`, or `old` where the update's loss or gradient is no number.
 
     Counters go on in either case, so the learning rate stays that of the step and not of the updates applied.
@@ -109,7 +110,8 @@ def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
         counts = jnp.issubdtype(new_leaf.dtype, jnp.integer) and new_leaf.ndim == 0
         return new_leaf if counts else jnp.where(sound, new_leaf, old_leaf)
 
-    return jax.tree.map(choose, new, old)
+    chosen: Tree = jax.tree.map(choose, new, old)
+    return chosen
 
 
 def make_train_step(

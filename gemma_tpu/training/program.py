@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_tpu.adapter import lora
+from gemma_tpu.data.batches import Batch
 from gemma_tpu.estimate import advice
 from gemma_tpu.gemma import loading
 from gemma_tpu.gemma import mesh as meshes
@@ -94,7 +95,7 @@ class Program:
     def rows(self) -> NamedSharding:
         return NamedSharding(self.mesh, meshes.spec_for((None, "batch", None), self.mesh))
 
-    def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
+    def place(self, batch: Batch) -> step.Batch:
         return {name: distributed.place(leaf, self.rows) for name, leaf in batch.items()}
 
     def lower(self, state: step.State, batch: step.Batch | step.Shapes) -> jax.stages.Lowered:
@@ -106,7 +107,9 @@ class Program:
         shardings = (self.state_shardings, self.whole)
         return jax.jit(self.function, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
-    def compile(self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None) -> Any:
+    def compile(
+        self, lowered: jax.stages.Lowered, more: dict[str, Any] | None = None
+    ) -> "jax.stages.Compiled | _ByJit":
         options = flags.for_mesh(self.mesh) | (more or {})
         compiled = lowered.compile(compiler_options=options or None)
         four_bits = any(leaf.dtype.name == "uint4" for leaf in jax.tree.leaves(self.parts.frozen))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gemma_tpu.adapter import lora
 from gemma_tpu.config import to_dict
-from gemma_tpu.data.batches import Loader
+from gemma_tpu.data.batches import Batch, BatchIterator, Loader
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.model import Decoder
@@ -71,7 +72,7 @@ class Trainer:
         folder = checkpoint.folder_of(self.run.path, section.folder)
         return Checkpoints(folder, section.keep, section.keep_best if self.held_out is not None else 0)
 
-    def resume(self, checkpoints: Checkpoints, batches: Any) -> int:
+    def resume(self, checkpoints: Checkpoints, batches: BatchIterator) -> int:
         """Go on from the latest checkpoint that can be read, if there is one; returns the step that it stands at."""
         agreement = distributed.Agreement()
         unreadable: list[tuple[int, RunError]] = []
@@ -122,7 +123,7 @@ class Trainer:
 
     # --- running ----------------------------------------------------------------------------------------------
 
-    def compile(self, batch: dict[str, np.ndarray]) -> Any:
+    def compile(self, batch: Batch) -> step.Step:
         begun, cache = time.monotonic(), devices.CompileCache(self.config.train.compile_cache)
         with oom.explained(self.config, self.model.arch, self.mesh):
             compiled = self.program.compile(self.program.lower(self.state, self.program.place(batch)))
@@ -131,12 +132,12 @@ class Trainer:
             f"({cache.told('train_step')})")  # fmt: skip
         return compiled
 
-    def compile_all(self, start: int) -> Any:
+    def compile_all(self, start: int) -> step.Step:
         """The step for every length of batch that the rest of the run has: one program that takes any of them."""
         first = self.loader.first_steps(start).items()
-        programs: dict[int, step.Step] = {width: self.compile(self.loader[number]) for width, number in first}
+        programs = {width: self.compile(self.loader[number]) for width, number in first}
 
-        def run(state: step.State, frozen: Any, batch: step.Batch) -> tuple[step.State, step.Metrics]:
+        def run(state: step.State, frozen: step.Frozen, batch: step.Batch) -> tuple[step.State, step.Metrics]:
             width = batch["tokens"].shape[-1]
             if width not in programs:
                 raise TypeError(f"a batch of length {width}: the step is compiled for {', '.join(map(str, programs))}")
@@ -235,7 +236,7 @@ class Trainer:
 class _Loop:
     """One call of `fit`: the steps, and between them what is due."""
 
-    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, batches: Any, start: int):
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, batches: BatchIterator, start: int):
         self._trainer, self._checkpoints, self._batches, self._start = trainer, checkpoints, batches, start
         self._config, self._total = trainer.config, trainer.loader.total_steps
         config, arch = trainer.config, trainer.model.arch
@@ -269,7 +270,7 @@ class _Loop:
                            "Run the same command again to go on from there")  # fmt: skip
         return trainer.finish(number, self._figures())
 
-    def _steps(self, compiled: Any, asked: list[signal.Signals]) -> tuple[int, int]:
+    def _steps(self, compiled: step.Step, asked: list[signal.Signals]) -> tuple[int, int]:
         """To the last step, or to where it is to stop: (that step, the signal that asked for it or 0)."""
         trainer, log, stop = self._trainer, self._log, 0
         self._saved_at = time.monotonic()
@@ -382,7 +383,7 @@ def _signals() -> Iterator[list[signal.Signals]]:
     """SIGINT and SIGTERM are noted, and the loop stops after the step in flight; a second SIGINT ends at once."""
     asked: list[signal.Signals] = []
 
-    def note(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number))
