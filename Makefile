@@ -41,7 +41,7 @@ demo: .venv/.core ## train, merge, verify and evaluate; without iverilog the hel
 	$(MAKE) verify ARGS=
 	$(BIN)/python recipes/evaluate.py $(RUN)
 
-test: check ## lint and tests
+test: check ## lint, types and tests
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev ## the tests that take minutes
@@ -80,8 +80,9 @@ $(CLIENTS)/.lm_eval:
 	$(CLIENTS)/lm_eval/bin/pip install --quiet 'lm_eval[api]==0.4.13' transformers
 	@touch $@
 
-check: .venv/.dev ## lint alone
+check: .venv/.dev ## lint and types, no tests
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
 	@set -e; for script in $(filter-out $(PEERS),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
@@ -94,7 +95,7 @@ docs: .venv/.docs ## the documentation as a site, in build/site
 
 clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
 	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base
-	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The tiny base: random weights, then a short full fine-tuning on rows of other tasks. Only the default config needs it.

@@ -38,7 +38,9 @@ from gemma_tpu.commands.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.hardware import devices
 from gemma_tpu.run.metrics import say
-from gemma_tpu.tiny.checkpoint import ARCHS, DTYPES, write_tiny
+from gemma_tpu.schema import Config
+from gemma_tpu.tiny.archs import ARCHS
+from gemma_tpu.tiny.checkpoint import DTYPES, write_tiny
 
 EXAMPLES = """\
 examples:
@@ -64,6 +66,7 @@ TARGET is a run folder (its adapter is applied) or a model folder.
 Exit codes: 0 fine, 1 the run failed, 2 the input is wrong."""
 
 Result = dict[str, Any]
+Command = Callable[[argparse.Namespace], tuple[Result, int]]  # what --json prints, and the exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,16 +130,17 @@ def train(args: argparse.Namespace) -> tuple[Result, int]:
                          args.mirror)  # fmt: skip
 
 
-def _recipe(path: Path) -> Callable[[config.Config], Result]:
+def _recipe(path: Path) -> Callable[[Config], Result]:
     """The `main` of a recipe file, the user's own or a shipped one."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"recipe {path}: must be a Python file with a function main(config)")
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, "main", None)):
+    main: Callable[[Config], Result] | None = getattr(module, "main", None)
+    if not callable(main):
         raise UserError(f"recipe {path}: has no function main(config)")
-    return module.main
+    return main
 
 
 def validate(args: argparse.Namespace) -> tuple[Result, int]:
@@ -273,7 +277,7 @@ def _add_sample(commands: Any) -> None:
     one = _command(commands, "sample", sample, about, example)
     one.add_argument("target", metavar="TARGET", help="a run folder (adapter applied), a model folder, or the URL "
                      "of an OpenAI-compatible server")  # fmt: skip
-    repeated = {"action": "append", "default": []}
+    repeated: dict[str, Any] = {"action": "append", "default": []}
     one.add_argument("--prompt", metavar="TEXT", **repeated, help="may be repeated")
     one.add_argument("--prompt-file", metavar="FILE", type=Path, **repeated,
                      help="the whole file is one prompt; may be repeated")  # fmt: skip
@@ -294,9 +298,9 @@ def _add_eval(commands: Any) -> None:
     eval_cli.add_compare(_command(commands, "compare", eval_cli.compare, *eval_cli.COMPARE))
 
 
-def _command(commands: Any, name: str, run: Callable, about: str, example: str) -> Parser:
+def _command(commands: Any, name: str, run: Command, about: str, example: str) -> Parser:
     about_it = f"{about[0].upper()}{about[1:]}."
-    one = commands.add_parser(name, help=about, description=about_it, epilog=f"example: {example}")
+    one: Parser = commands.add_parser(name, help=about, description=about_it, epilog=f"example: {example}")
     one.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     one.set_defaults(command=run, parser=one)
     return one

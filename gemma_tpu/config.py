@@ -7,7 +7,7 @@ between keys. In here a config is flat (`"optim.lr"` -> value): defaults, file a
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
@@ -20,7 +20,9 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.schema import ALTERNATIVES, Config, Mismatch, cast, closest, conflicts, words
 
 _TOP = get_type_hints(Config, include_extras=True)
-SECTIONS = {name: kind for name, kind in _TOP.items() if is_dataclass(kind)}
+SECTIONS: dict[str, type[Any]] = {
+    name: kind for name, kind in _TOP.items() if isinstance(kind, type) and is_dataclass(kind)
+}
 KEYS: dict[str, Any] = {
     f"{name}.{key}" if name in SECTIONS else name: kind
     for name, top in _TOP.items()
@@ -62,7 +64,8 @@ def to_dict(config: Config) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return plain(asdict(config))
+    tree: dict[str, Any] = plain(asdict(config))
+    return tree
 
 
 def to_yaml(config: Config) -> str:
@@ -214,7 +217,7 @@ def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(flat: Mapping[str, Any]) -> Config:
-    sections = {
+    sections: dict[str, Any] = {
         name: kind(**{f.name: flat[f"{name}.{f.name}"] for f in fields(kind)})
         for name, kind in SECTIONS.items()
     }
@@ -255,7 +258,7 @@ def _show(value: Any) -> str:
 
 # Fewer scalars than in YAML 1.1 are anything but text: `off` stays a word, a date stays a name. So whatever
 # PyYAML writes unquoted as text is read as text here, and what it writes as a number is read as one.
-_SCALARS = {
+_SCALARS: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:null": lambda text: None,
     "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
     "tag:yaml.org,2002:int": int,
@@ -269,8 +272,8 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event = self.peek_event()
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it open
         if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
             problem = "aliases (*), anchors (&) and tags (!) have no use here; quote a value that starts so"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

@@ -19,7 +19,7 @@ from gemma_tpu.errors import UserError
 
 def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str, Any]:
     """The bundled YAML under the file that the environment variable names, if it names one."""
-    table = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
+    table: dict[str, Any] = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
     name = os.environ.get(variable)
     if not name:
         return table
@@ -27,7 +27,8 @@ def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str
     problems = list(_problems(table, given, "", open_at))
     if problems:
         raise UserError(f"{variable}={name}: these entries are wrong:\n  " + "\n  ".join(problems))
-    return _over(table, given, name)
+    merged: dict[str, Any] = _over(table, given, name)
+    return merged
 
 
 def _read(name: str, variable: str) -> Any:

@@ -52,7 +52,7 @@ def _is_transform(value: str) -> bool:
     return value in TRANSFORMS or (_is_text(value) and re.fullmatch(r".+:[A-Za-z_]\w*", value) is not None)
 
 
-class Table(dict):
+class Table(dict[str, Any]):
     """A mapping in a config. Hashable, as a config is; nobody changes it."""
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -374,7 +374,7 @@ def words(kind: Any) -> str:
     """What a value of this type is, to complete "must be …"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return args[1].words
+        return str(args[1].words)
     if origin in (Union, types.UnionType):
         return " or ".join(words(member) for member in args)
     if origin is Literal:

@@ -6,6 +6,7 @@ The same model, step and loop as recipes/lora_sft.py; the rows are pairs, and th
 frozen base, with the adapter off: there is no second model in memory.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,16 +38,16 @@ def main(config: Config) -> dict[str, Any]:
 
     # The pairs: both answers of each on one sheet, as segments that do not see each other.
     tokenizer = Tokenizer(config.model.path)
-    shape = {"max_seq_len": config.data.max_seq_len, "packing": config.data.packing,
-             "batch_size": config.train.batch_size, "accumulation": config.train.accumulation,
-             "seed": config.train.seed}  # fmt: skip
+    batches = partial(
+        make_loader, max_seq_len=config.data.max_seq_len, packing=config.data.packing,
+        batch_size=config.train.batch_size, accumulation=config.train.accumulation, seed=config.train.seed,
+    )  # fmt: skip
     pairs = PairRows(config.data, tokenizer)
     say(pairs.report())
-    loader = make_loader(pairs, epochs=config.train.epochs, steps=config.train.steps, **shape)
-    held_out = None
-    if config.data.validation is not None:
-        pairs = PairRows(config.data, tokenizer, config.data.validation)
-        held_out = make_loader(pairs, keep_partial=True, **shape)
+    loader = batches(pairs, epochs=config.train.epochs, steps=config.train.steps)
+    held_out, validation = None, config.data.validation
+    if validation is not None and not isinstance(validation, float):  # PairRows has refused a share
+        held_out = batches(PairRows(config.data, tokenizer, validation), keep_partial=True)
 
     # What trains, and for what: `adapt` takes the loss from config.preference.
     chosen = program.adapt(model, config)

@@ -3,6 +3,7 @@
 Data flows config -> mesh -> model -> LoRA -> data -> step -> checkpoint; the one loop: gemma_tpu/training/train.py.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,14 +41,15 @@ def main(config: Config) -> dict[str, Any]:
     tokenizer = Tokenizer(config.model.path)
     train_rows = prepare(config.data, tokenizer)
     say(train_rows.report())
-    shape = {"max_seq_len": config.data.max_seq_len, "packing": config.data.packing,
-             "batch_size": config.train.batch_size, "accumulation": config.train.accumulation,
-             "seed": config.train.seed}  # fmt: skip
-    loader = make_loader(train_rows, epochs=config.train.epochs, steps=config.train.steps, **shape)
+    batches = partial(
+        make_loader, max_seq_len=config.data.max_seq_len, packing=config.data.packing,
+        batch_size=config.train.batch_size, accumulation=config.train.accumulation, seed=config.train.seed,
+    )  # fmt: skip
+    loader = batches(train_rows, epochs=config.train.epochs, steps=config.train.steps)
     held_out = None
     if config.data.validation is not None:
         held_out_rows = prepare(config.data, tokenizer, config.data.validation)
-        held_out = make_loader(held_out_rows, keep_partial=True, **shape)
+        held_out = batches(held_out_rows, keep_partial=True)
 
     # What trains: adapters beside a frozen base, or the base itself.
     chosen = program.adapt(model, config)

@@ -22,6 +22,7 @@ from gemma_tpu.costs import paper
 from gemma_tpu.estimate import inference, roofline
 from gemma_tpu.estimate.inference import Load, Server
 from gemma_tpu.gemma import sizes
+from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware import chips
 from gemma_tpu.hardware.chips import Chip
 from gemma_tpu.pages import page
@@ -47,7 +48,7 @@ PAIR = (("v6e-8", "tpu"), ("h100x2", "gpu"))  # what the paper measured
 def standalone(svg: str) -> str:
     """A picture with the page's own style inside, for a Markdown file to point at."""
     css = resolve(page.STYLE).read_text()
-    roots = re.search(r":root \{.*?\n\}\n@media.*?\n\}\n", css, re.S)[0]
+    (roots,) = re.findall(r":root \{.*?\n\}\n@media.*?\n\}\n", css, re.S)
     rules = [line.removeprefix("svg ") for line in css.splitlines() if line.startswith("svg .")]
     text = "text { font: 12px system-ui, sans-serif; fill: var(--fg); }"
     style = "\n".join([roots.strip(), "svg { background: var(--bg); }", text, *rules])
@@ -300,7 +301,7 @@ def text(measured: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def attention_share(arch: Any, tokens: int) -> float:
+def attention_share(arch: Architecture, tokens: int) -> float:
     """Of the useful forward FLOPs of a row."""
     scores = sum(roofline.attention_flops(arch, layer, tokens) for layer in arch.layers)
     weights = sum(sum(roofline.layer_matmuls(arch, layer).values()) for layer in arch.layers)

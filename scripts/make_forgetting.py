@@ -33,7 +33,7 @@ def wrong(answer: str, rng: random.Random) -> list[str]:
 def main(out: Path) -> None:
     rng = random.Random(0)
     rows = [json.loads(line)["messages"] for line in assets.resolve("bundled:tiny_verilog/base.jsonl").open()]
-    lines = []
+    lines: list[str] = []
     for question, answer in rng.sample(rows, len(rows)):
         others = wrong(answer["content"], rng)
         if len(set(others)) == 3 and len(lines) < QUESTIONS:

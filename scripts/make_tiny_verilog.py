@@ -17,9 +17,10 @@ import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tiny_verilog_basics import BASE
-from tiny_verilog_circuits import FAMILY_WORDS, MODULES, VERILOG_WORDS, Circuit, Family, Names, Port, span
+from tiny_verilog_circuits import FAMILY_WORDS, MODULES, VERILOG_WORDS, Circuit, Family, Names, Options, Port, span
 from tiny_verilog_families import GENERAL, TRAIN
 
 BUNDLED = Path(__file__).resolve().parent.parent / "gemma_tpu" / "bundled" / "tiny_verilog"
@@ -32,6 +33,7 @@ KEYWORDS = set(
     "module endmodule input output reg wire assign always posedge negedge or if else case endcase "
     "begin end signed".split()
 )
+Row = dict[str, Any]  # a conversation, or a problem with its testbench
 CYCLES, QUIET_CYCLES = 500, 300  # random resets only after the quiet ones, so that wide states are reached
 
 
@@ -46,22 +48,22 @@ def canonical(verilog: str) -> str:
     return " ".join(out)
 
 
-def combinations(family: Family) -> list[dict]:
+def combinations(family: Family) -> list[Options]:
     options = (dict(zip(family.axes, values, strict=True)) for values in product(*family.axes.values()))
     return [o for o in options if family.allowed(o)]
 
 
-def weight(options: dict) -> float:
+def weight(options: Options) -> float:
     return STYLE_WEIGHT.get(options["style"], 1.0)
 
 
-def draw(rng: random.Random, family: Family, combos: list[dict], count: int) -> list[dict]:
+def draw(rng: random.Random, family: Family, combos: list[Options], count: int) -> list[Options]:
     """`count` combinations drawn without repetition, the frequent styles likelier."""
     order = sorted(combos, key=lambda o: rng.random() ** (1 / weight(o)), reverse=True)
     return order[:count]
 
 
-def row(circuit: Circuit, module: str, opening: str) -> dict:
+def row(circuit: Circuit, module: str, opening: str) -> Row:
     return {
         "messages": [
             {"role": "user", "content": circuit.specification(module, opening)},
@@ -70,8 +72,8 @@ def row(circuit: Circuit, module: str, opening: str) -> dict:
     }
 
 
-def answer(entry: dict) -> str:
-    return entry["messages"][1]["content"]
+def answer(entry: Row) -> str:
+    return str(entry["messages"][1]["content"])
 
 
 class Build:
@@ -79,8 +81,8 @@ class Build:
 
     def __init__(self) -> None:
         self.rng = random.Random(SEED)
-        self.files: dict[str, list[dict]] = {name: [] for name in ROWS}
-        self.tally = {name: Counter() for name in ROWS}
+        self.files: dict[str, list[Row]] = {name: [] for name in ROWS}
+        self.tally: dict[str, Counter[str]] = {name: Counter() for name in ROWS}
         self.reserved: set[str] = set()
         kept = [(family, *self.split(family, i)) for i, family in enumerate(TRAIN)]
         for family, combos in [(f, combos) for f, combos, _, _ in kept]:
@@ -97,7 +99,7 @@ class Build:
         for name in ("base", "train", "validation"):
             self.rng.shuffle(self.files[name])
 
-    def split(self, family: Family, index: int) -> tuple[list[dict], list[dict], list[dict]]:
+    def split(self, family: Family, index: int) -> tuple[list[Options], list[Options], list[Options]]:
         """What trains, the held-out and the validation combinations of a family, apart in structure."""
         combos = combinations(family)
         heldout_count = ROWS["heldout"] // len(TRAIN) + (index < ROWS["heldout"] % len(TRAIN))
@@ -110,23 +112,23 @@ class Build:
         self.reserved |= apart
         return [o for o in combos if self.structure(family, o) not in apart], heldout, validation
 
-    def structure(self, family: Family, options: dict) -> str:
+    def structure(self, family: Family, options: Options) -> str:
         return canonical(family.build(options, Names(random.Random(0))).verilog("m"))
 
-    def fill(self, name: str, family: Family, combos: list[dict], count: int, modules: list[str]) -> None:
+    def fill(self, name: str, family: Family, combos: list[Options], count: int, modules: list[str]) -> None:
         """`count` rows: every combination once as long as the rows last, then again with other names."""
-        chosen: list[dict] = []
+        chosen: list[Options] = []
         while len(chosen) < count:
             chosen += draw(self.rng, family, combos, count - len(chosen))
         for options in chosen:
             self.add(name, family, options, modules)
 
-    def add(self, name: str, family: Family, options: dict, modules: list[str]) -> None:
+    def add(self, name: str, family: Family, options: Options, modules: list[str]) -> None:
         circuit = family.build(options, Names(self.rng))
         self.files[name].append(row(circuit, self.rng.choice(modules), self.rng.choice(OPENINGS)))
         self.tally[name][family.name] += 1
 
-    def add_problem(self, family: Family, options: dict) -> None:
+    def add_problem(self, family: Family, options: Options) -> None:
         circuit, module = family.build(options, Names(self.rng)), self.rng.choice(MODULES)
         number = self.tally["heldout"][family.name] = self.tally["heldout"][family.name] + 1
         self.files["heldout"].append(
@@ -205,7 +207,7 @@ def testbench(circuit: Circuit, module: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def found_elsewhere(files: dict[str, list[dict]]) -> dict[str, int]:
+def found_elsewhere(files: dict[str, list[Row]]) -> dict[str, int]:
     """For each other file, how many held-out answers stand in it once identifiers are renamed."""
     wanted = [canonical(problem["reference"]) for problem in files["heldout"]]
     found = {}

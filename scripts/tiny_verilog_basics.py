@@ -14,6 +14,7 @@ from tiny_verilog_circuits import (
     Circuit,
     Family,
     Names,
+    Options,
     Port,
     always,
     bits,
@@ -26,7 +27,7 @@ from tiny_verilog_circuits import (
 OPERATORS = ("&", "|", "^", "+", "-", "<", ">", "==", "!=", ">=")
 
 
-def copy_expression(o: dict, n: Names) -> Circuit:
+def copy_expression(o: Options, n: Names) -> Circuit:
     a, b, c = n.data[:3]
     names = [a, b, c][: o["terms"]]
     value = {2: f"{a} {o['op']} ~{b}", 3: f"({a} {o['op']} {b}) {o['other']} ~{c}"}[o["terms"]]
@@ -34,19 +35,19 @@ def copy_expression(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(p, o["width"]) for p in names], o["width"], value)
 
 
-def wire(o: dict, n: Names) -> Circuit:
+def wire(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     phrase = f"{bits(o['width'])} {o['kind']} " + n.path(a)
     value = {"copy": a, "inversion": f"~{a}"}[o["kind"]]
     return expression(o, n, phrase, [Port(a, o["width"], signed=o["sign"] == "signed")], o["width"], value)
 
 
-def constant(o: dict, n: Names) -> Circuit:
+def constant(o: Options, n: Names) -> Circuit:
     phrase = f"{bits(o['width'])} constant {o['value']} " + n.word(f"on {n.out}", f"output {n.out}")
     return expression(o, n, phrase, [], o["width"], str(o["value"]))
 
 
-def two_constants(o: dict, n: Names) -> Circuit:
+def two_constants(o: Options, n: Names) -> Circuit:
     phrase = f"{bits(o['width'])} {n.out}, " + n.word(
         f"{o['value']} when {n.select} is {o['sense']}, otherwise {o['other']}",
         f"{n.select} {o['sense']} gives {o['value']}, otherwise {o['other']}",
@@ -55,13 +56,13 @@ def two_constants(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(n.select)], o["width"], f"{test} ? {o['value']} : {o['other']}")
 
 
-def bit(o: dict, n: Names) -> Circuit:
+def bit(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     phrase = f"bit {o['index']} of {bits(o['width'])} {a}" + n.word(f" to {n.out}", f", output {n.out}")
     return expression(o, n, phrase, [Port(a, o["width"])], 1, f"{a}[{o['index']}]")
 
 
-def slice_(o: dict, n: Names) -> Circuit:
+def slice_(o: Options, n: Names) -> Circuit:
     a, width = n.data[0], o["width"]
     low, high, kept = {"low": (0, width - 2, width - 1), "high": (1, width - 1, width - 1)}[o["part"]]
     phrase = f"{o['part']} {bits(kept)} part of {bits(width)} {a}" + n.word(
@@ -70,7 +71,7 @@ def slice_(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(a, width)], kept, f"{a}[{high}:{low}]")
 
 
-def join(o: dict, n: Names) -> Circuit:
+def join(o: Options, n: Names) -> Circuit:
     names = n.data[: o["parts"]]
     phrase = f"{bits(o['parts'])} {n.out} " + n.word(
         f"joins bits {listed(names)}", f"is bits {listed(names)}"
@@ -80,25 +81,25 @@ def join(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(p) for p in names], o["parts"], value)
 
 
-def spread(o: dict, n: Names) -> Circuit:
+def spread(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     phrase = f"{bits(o['width'])} copies of bit {a}" + n.word(f" to {n.out}", f", output {n.out}")
     return expression(o, n, phrase, [Port(a)], o["width"], f"{{{o['width']}{{{a}}}}}")
 
 
-def move(o: dict, n: Names) -> Circuit:
+def move(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     phrase = f"{bits(o['width'])} {a} {o['op']} {o['by']}" + n.word(f" to {n.out}", f", output {n.out}")
     value = f"{a} {o['op']} {o['by']}"
     return expression(o, n, phrase, [Port(a, o["width"])], o["width"], value)
 
 
-def flip(o: dict, n: Names) -> Circuit:
+def flip(o: Options, n: Names) -> Circuit:
     phrase = f"{bits(o['width'])} " + n.word(f"flip of {n.out} every cycle", f"{n.out} flips each cycle")
     return state(o, n, phrase, [], o["width"], f"~{n.out}")
 
 
-def hold(o: dict, n: Names) -> Circuit:
+def hold(o: Options, n: Names) -> Circuit:
     d, q = n.data[0], n.out
     test = n.load if o["sense"] == "high" else f"!{n.load}"
     phrase = f"{bits(o['width'])} {q} " + n.word(
@@ -109,14 +110,14 @@ def hold(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, ports, o["width"], f"{test} ? {d} : {q}")
 
 
-def delay(o: dict, n: Names) -> Circuit:
+def delay(o: Options, n: Names) -> Circuit:
     d, p = n.data[0], "p"
     value = {"inverted": f"~{p}", "plain": p}[o["kind"]]
     phrase = f"{o['kind']} {bits(o['width'])} delay " + n.path(d)
     return hidden(o, n, phrase, [Port(d, o["width"])], o["width"], (p, o["width"]), f"{p} <= {d};", value)
 
 
-def match(o: dict, n: Names) -> Circuit:
+def match(o: Options, n: Names) -> Circuit:
     d, p, length = n.data[0], "p", len(o["pattern"])
     phrase = f"{bits(length)} stored {d} equals {o['pattern']} " + n.word(f"on {n.out}", f"sets {n.out}")
     return hidden(
@@ -124,7 +125,7 @@ def match(o: dict, n: Names) -> Circuit:
     )
 
 
-def table(o: dict, n: Names) -> Circuit:
+def table(o: Options, n: Names) -> Circuit:
     s, q, values = n.data[0], n.out, o["values"]
     phrase = f"{bits(2)} table {' '.join(str(v) for v in values)} " + n.word(
         f"at {s} to {q}", f"by {s}, output {q}"

@@ -7,7 +7,9 @@ knows its specification and its Verilog.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+Options = dict[str, Any]  # one choice on each axis of a family
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 BUSES = WIDTHS[1:]
 PATTERNS = tuple(f"{i:0{length}b}" for length in (3, 4) for i in range(2**length))
@@ -61,9 +63,9 @@ class Circuit:
 @dataclass(frozen=True)
 class Family:
     name: str
-    build: Callable[[dict, "Names"], Circuit]
-    axes: dict[str, tuple]
-    allowed: Callable[[dict], bool] = field(default=lambda options: True)
+    build: Callable[[Options, "Names"], Circuit]
+    axes: dict[str, tuple[Any, ...]]
+    allowed: Callable[[Options], bool] = field(default=lambda options: True)
 
 
 class Names:
@@ -130,7 +132,7 @@ def always(style: str, n: Names, target: str, statement: str) -> tuple[str, list
 
 
 def expression(
-    o: dict, n: Names, phrase: str, inputs: list[Port], width: int, value: str, signed: bool = False
+    o: Options, n: Names, phrase: str, inputs: list[Port], width: int, value: str, signed: bool = False
 ) -> Circuit:
     """The output is a function of the inputs: an assign, or a register in one of the clocked styles."""
     output = Port(n.out, width, signed=signed)
@@ -140,14 +142,14 @@ def expression(
     return Circuit(f"registered {phrase}{tail}", (*ports, *inputs), output, body, True)
 
 
-def state(o: dict, n: Names, phrase: str, inputs: list[Port], width: int, following: str) -> Circuit:
+def state(o: Options, n: Names, phrase: str, inputs: list[Port], width: int, following: str) -> Circuit:
     """The output is a register and its next value a function of itself and the inputs."""
     tail, ports, body = always(o["style"], n, n.out, f"{n.out} <= {following};")
     return Circuit(phrase + tail, (*ports, *inputs), Port(n.out, width), body, True)
 
 
 def hidden(
-    o: dict,
+    o: Options,
     n: Names,
     phrase: str,
     inputs: list[Port],

@@ -10,6 +10,7 @@ from tiny_verilog_circuits import (
     Circuit,
     Family,
     Names,
+    Options,
     Port,
     bits,
     expression,
@@ -31,7 +32,7 @@ SYMBOL = {
 }
 
 
-def gate(o: dict, n: Names) -> Circuit:
+def gate(o: Options, n: Names) -> Circuit:
     names = n.data[: o["inputs"]]
     value = GATES[o["op"]].format(f" {SYMBOL[o['op']]} ".join(names))
     phrase = f"{bits(o['width'])} {o['inputs']}-input {o['op']} gate " + n.word(
@@ -40,7 +41,7 @@ def gate(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(p, o["width"]) for p in names], o["width"], value)
 
 
-def mux2(o: dict, n: Names) -> Circuit:
+def mux2(o: Options, n: Names) -> Circuit:
     a, b = n.data[:2]
     phrase = f"{bits(o['width'])} 2-to-1 multiplexer, " + n.word(
         f"{n.out} is {a} when {n.select} is {o['sense']}, otherwise {b}",
@@ -51,7 +52,7 @@ def mux2(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, ports, o["width"], f"{test} ? {a} : {b}")
 
 
-def mux4(o: dict, n: Names) -> Circuit:
+def mux4(o: Options, n: Names) -> Circuit:
     a, b, c, d = n.data
     phrase = f"{bits(o['width'])} 4-to-1 multiplexer, " + n.word(
         f"{n.select} selects {listed(n.data)} to {n.out}", f"{n.out} is one of {listed(n.data)} by {n.select}"
@@ -62,7 +63,7 @@ def mux4(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, ports, o["width"], value)
 
 
-def add(o: dict, n: Names) -> Circuit:
+def add(o: Options, n: Names) -> Circuit:
     a, b, c = n.data[:3]
     symbol, extra = {
         "adder": ("+", ""),
@@ -88,7 +89,7 @@ COMPARISONS = {
 }
 
 
-def compare(o: dict, n: Names) -> Circuit:
+def compare(o: Options, n: Names) -> Circuit:
     a, b = n.data[:2]
     phrase = f"{o['sign']} {bits(o['width'])} comparator, " + n.word(
         f"{n.out} is high when {a} is {o['relation']} {b}", f"{a} {o['relation']} {b} sets {n.out}"
@@ -107,13 +108,13 @@ REDUCTIONS = {
 }
 
 
-def reduce(o: dict, n: Names) -> Circuit:
+def reduce(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     phrase = f"{bits(o['width'])} {o['kind']} detector " + n.path(a)
     return expression(o, n, phrase, [Port(a, o["width"])], 1, f"{REDUCTIONS[o['kind']]}{a}")
 
 
-def reverse(o: dict, n: Names) -> Circuit:
+def reverse(o: Options, n: Names) -> Circuit:
     a, width = n.data[0], o["width"]
     inverted = "inverted " if o["inverted"] else ""
     phrase = f"{inverted}{bits(width)} reverse of {a}" + n.word(f" to {n.out}", f", output {n.out}")
@@ -121,7 +122,7 @@ def reverse(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(a, width)], width, value)
 
 
-def extreme(o: dict, n: Names) -> Circuit:
+def extreme(o: Options, n: Names) -> Circuit:
     a, b = n.data[:2]
     signed = o["sign"] == "signed"
     phrase = f"{o['sign']} {bits(o['width'])} {o['kind']} of {a} and {b}" + n.word(
@@ -136,7 +137,7 @@ def extreme(o: dict, n: Names) -> Circuit:
 ALU = ("add", "subtract", "and", "or", "xor")
 
 
-def alu(o: dict, n: Names) -> Circuit:
+def alu(o: Options, n: Names) -> Circuit:
     a, b = n.data[:2]
     phrase = (
         f"{bits(o['width'])} {o['first']} unit of {a} and {b} to {n.out} when {n.select} is high, "
@@ -147,7 +148,7 @@ def alu(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, ports, o["width"], value)
 
 
-def decoder(o: dict, n: Names) -> Circuit:
+def decoder(o: Options, n: Names) -> Circuit:
     a, lines = n.data[0], 2 ** o["bits"]
     phrase = f"{o['bits']}-to-{lines} decoder, {o['active']} outputs, " + n.word(
         f"{a} selects a bit of {n.out}", f"input {a}, output {n.out}"
@@ -156,7 +157,7 @@ def decoder(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(a, o["bits"])], lines, value)
 
 
-def priority(o: dict, n: Names) -> Circuit:
+def priority(o: Options, n: Names) -> Circuit:
     a, lines = n.data[0], o["lines"]
     width = 2 if lines <= 4 else 3
     phrase = f"{lines}-input priority encoder, {o['first']} bit of {a} first, " + n.word(
@@ -168,7 +169,7 @@ def priority(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(a, lines)], width, value)
 
 
-def gray(o: dict, n: Names) -> Circuit:
+def gray(o: Options, n: Names) -> Circuit:
     a = n.data[0]
     inverted = "inverted " if o["inverted"] else ""
     phrase = f"{inverted}{bits(o['width'])} gray encoder " + n.path(a)
@@ -176,14 +177,14 @@ def gray(o: dict, n: Names) -> Circuit:
     return expression(o, n, phrase, [Port(a, o["width"])], o["width"], value)
 
 
-def counter(o: dict, n: Names) -> Circuit:
+def counter(o: Options, n: Names) -> Circuit:
     phrase = f"{bits(o['width'])} {o['way']} counter {n.out}" + n.word(
         f" counting by {o['step']}", f" with step {o['step']}"
     )
     return state(o, n, phrase, [], o["width"], f"{n.out} {'+' if o['way'] == 'up' else '-'} {o['step']}")
 
 
-def modulo(o: dict, n: Names) -> Circuit:
+def modulo(o: Options, n: Names) -> Circuit:
     q, last = n.out, o["last"]
     if o["way"] == "up":
         phrase, value = f"from 0 to {last}", f"({q} == {last}) ? 0 : {q} + 1"
@@ -193,7 +194,7 @@ def modulo(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, [], o["width"], value)
 
 
-def updown(o: dict, n: Names) -> Circuit:
+def updown(o: Options, n: Names) -> Circuit:
     q, up = n.out, n.select
     test = up if o["sense"] == "high" else f"!{up}"
     phrase = f"{bits(o['width'])} counter {q}, up when {up} is {o['sense']}, " + n.word(
@@ -203,7 +204,7 @@ def updown(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, [Port(up)], o["width"], f"{test} ? {q} + {o['step']} : {q} - {o['step']}")
 
 
-def load_counter(o: dict, n: Names) -> Circuit:
+def load_counter(o: Options, n: Names) -> Circuit:
     q, d, symbol = n.out, n.data[0], "+" if o["way"] == "up" else "-"
     phrase = f"{bits(o['width'])} {o['way']} counter {q}, step {o['step']}, " + n.word(
         f"load {d} when {n.load} is high", f"{n.load} loads {d}"
@@ -218,7 +219,7 @@ def moved(q: str, width: int, way: str, incoming: str) -> str:
     return f"{{{incoming}, {q}[{width - 1}:1]}}"
 
 
-def shift(o: dict, n: Names) -> Circuit:
+def shift(o: Options, n: Names) -> Circuit:
     q, d = n.out, n.data[0]
     phrase = f"{bits(o['width'])} {o['way']} shift register {q} " + n.word(
         f"with serial input {d}", f"taking bit {d}"
@@ -226,7 +227,7 @@ def shift(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, [Port(d)], o["width"], moved(q, o["width"], o["way"], d))
 
 
-def rotate(o: dict, n: Names) -> Circuit:
+def rotate(o: Options, n: Names) -> Circuit:
     q, d, width = n.out, n.data[0], o["width"]
     edge = f"{q}[{width - 1}]" if o["way"] == "left" else f"{q}[0]"
     phrase = f"{bits(width)} {o['way']} rotate register {q}, " + n.word(
@@ -236,13 +237,13 @@ def rotate(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, ports, width, f"{n.load} ? {d} : {moved(q, width, o['way'], edge)}")
 
 
-def accumulator(o: dict, n: Names) -> Circuit:
+def accumulator(o: Options, n: Names) -> Circuit:
     q, d = n.out, n.data[0]
     phrase = f"{bits(o['width'])} {o['op']} accumulator {q} " + n.word(f"of {d}", f"with input {d}")
     return state(o, n, phrase, [Port(d, o["width"])], o["width"], f"{q} {SYMBOL[o['op']]} {d}")
 
 
-def saturating(o: dict, n: Names) -> Circuit:
+def saturating(o: Options, n: Names) -> Circuit:
     q, d = n.out, n.data[0]
     value = f"(&{q}) ? {q} : {q} + 1" if o["way"] == "up" else f"(|{q}) ? {q} - 1 : {q}"
     phrase = f"{bits(o['width'])} saturating {o['way']} counter {q}, " + n.word(
@@ -252,14 +253,14 @@ def saturating(o: dict, n: Names) -> Circuit:
     return state(o, n, phrase, ports, o["width"], f"{n.load} ? {d} : {value}")
 
 
-def edge(o: dict, n: Names) -> Circuit:
+def edge(o: Options, n: Names) -> Circuit:
     d, p = n.data[0], "p"
     value = {"rising": f"{d} & ~{p}", "falling": f"~{d} & {p}", "any": f"{d} ^ {p}"}[o["kind"]]
     phrase = f"{bits(o['width'])} {o['kind']} edge detector " + n.path(d)
     return hidden(o, n, phrase, [Port(d, o["width"])], o["width"], (p, o["width"]), f"{p} <= {d};", value)
 
 
-def sequence(o: dict, n: Names) -> Circuit:
+def sequence(o: Options, n: Names) -> Circuit:
     d, p, length = n.data[0], "p", len(o["pattern"])
     phrase = f"{bits(length)} sequence detector of {o['pattern']} " + n.word(
         f"on {d} to {n.out}", f"in {d}, output {n.out}"
@@ -268,7 +269,7 @@ def sequence(o: dict, n: Names) -> Circuit:
     return hidden(o, n, phrase, [Port(d)], 1, (p, length), statement, f"({p} == {length}'b{o['pattern']})")
 
 
-def divider(o: dict, n: Names) -> Circuit:
+def divider(o: Options, n: Names) -> Circuit:
     p, last = "p", o["last"]
     phrase = f"clock divider {n.out}, {bits(o['width'])} counter, " + n.word(
         f"pulse at {last}", f"high when it is {last}"
@@ -277,7 +278,7 @@ def divider(o: dict, n: Names) -> Circuit:
     return hidden(o, n, phrase, [], 1, (p, o["width"]), statement, f"({p} == {last})")
 
 
-def machine(o: dict, n: Names) -> Circuit:
+def machine(o: Options, n: Names) -> Circuit:
     go, p, states = n.data[0], "p", o["states"]
     phrase = f"state machine of {states} states, " + n.word(
         f"waits in state {o['wait']} for {go}, {n.out} high in state {o['high']}",
@@ -293,8 +294,8 @@ def machine(o: dict, n: Names) -> Circuit:
     return hidden(o, n, phrase, [Port(go)], 1, (p, 2), statement, f"({p} == {o['high']})")
 
 
-def fits(o: dict) -> bool:
-    return o["last"] < 2 ** o["width"]
+def fits(o: Options) -> bool:
+    return bool(o["last"] < 2 ** o["width"])
 
 
 ACCUMULATED = ("add", "subtract", "or", "xor")  # "and" would stay at its reset value

@@ -84,6 +84,7 @@ def test_gpus_are_not_for_the_tpu_compiler():
     ("v6-8", ["v6e-8 (8 chips, 2x4)", "v5p-8 is 4 chips, 2x2x1"]),
     ("h100x3", ["h100x2 (2 chips)", "h100xN is N GPUs"]),
     ("zebra", ["there are: v5e-1", "v5p-N: N counts cores"]),
+    ("v5p-8\nv6e-8", ["v5p-N: N counts cores"]),
 ])  # fmt: skip
 def test_an_unknown_name_is_answered_with_the_nearest_and_what_n_means(name, said):
     with pytest.raises(UserError) as caught:

@@ -14,7 +14,7 @@ TRAIN = {"kind": "training", "model": "gemma-4-31B-it", "tokens": 9.2e6, "row_to
 
 
 def serve(**more) -> list[choose.Choice]:
-    return choose.choose(demand.Demand(**SERVE | more), prices.load())
+    return choose.choose(demand.of(SERVE | more), prices.load())
 
 
 def why(found: list[choose.Choice], name: str) -> str:
@@ -58,7 +58,7 @@ def test_shapes_that_nobody_knows_cost_tpus_and_not_gpus():
 def test_a_graph_that_changes_often_compiles_again_on_tpus_alone(monkeypatch):
     monkeypatch.setattr(choose, "SLICES", ("v6e-8",))
     monkeypatch.setattr(choose, "MORE", ("h200x1",))
-    often, rarely = (suiting(choose.choose(demand.Demand(**TRAIN, changes=changes), prices.load()))
+    often, rarely = (suiting(choose.choose(demand.of(TRAIN | {"changes": changes}), prices.load()))
                      for changes in ("often", "rarely"))  # fmt: skip
     assert often["v6e-8"].hours - rarely["v6e-8"].hours == pytest.approx(5.5 / 60)
     assert often["h200x1"].usd == rarely["h200x1"].usd
@@ -78,7 +78,7 @@ def test_porting_is_paid_where_code_for_gpus_is_to_run_on_a_tpu():
 
 
 def test_rows_that_cannot_be_packed_cost_tpus_their_padding():
-    packed, padded = (demand.Demand(**TRAIN, packing=packing) for packing in (True, False))
+    packed, padded = (demand.of(TRAIN | {"packing": packing}) for packing in (True, False))
     tpu, gpu = (choose.chips.find(name) for name in ("v6e-8", "h100x2"))
     assert choose.laid_out(packed, tpu) == choose.laid_out(packed, gpu) == pytest.approx(1 / 0.98)
     assert choose.laid_out(padded, tpu) == pytest.approx(4096 / 922) and choose.laid_out(padded, gpu) == 1.0
@@ -87,7 +87,7 @@ def test_rows_that_cannot_be_packed_cost_tpus_their_padding():
 def test_training_is_planned_for_every_slice(monkeypatch):
     monkeypatch.setattr(choose, "SLICES", ("v5p-8", "v6e-1", "v6e-8"))
     monkeypatch.setattr(choose, "MORE", ())
-    found = choose.choose(demand.Demand(**TRAIN, runs=10, deadline_hours=0.2), prices.load())
+    found = choose.choose(demand.of(TRAIN | {"runs": 10, "deadline_hours": 0.2}), prices.load())
     suits = suiting(found)
     assert set(suits) == {"v6e-8"} and suits["v6e-8"].usd == pytest.approx(10 * suits["v6e-8"].hours * 21.6)
     assert "the deadline is 0.2" in why(found, "v5p-8") and "do not fit" in why(found, "v6e-1")

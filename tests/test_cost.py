@@ -280,12 +280,19 @@ def test_files_that_are_something_else_are_refused(capsys, tmp_path):
     for text, rule in (("[1]", "not a JSON object"), ("{", "not JSON"), ("{}", "no key 'slice'"),
                        ('{"sweep": []}', "a sweep has many slices"),
                        ('{"slice": "v6e-8", "hours": 1, "fits": false}', "does not fit v6e-8"),
-                       ('{"slice": "v6e-8", "hours": null, "fits": true}', "did not know how long")):  # fmt: skip
+                       ('{"slice": "v6e-8", "hours": null, "fits": true}', "did not know how long"),
+                       ('{"slice": "v6e-8", "hours": "1 h", "fits": true}', "hours is '1 h' and tokens is None"),
+                       ('{"slice": "v6e-8", "hours": 1, "tokens": [], "fits": true}', "tokens is []"),
+                       ('{"slice": [8], "hours": 1, "fits": true}', "[8]")):  # fmt: skip
         other.write_text(text)
         assert main(["cost", str(other)]) == 2 and rule in capsys.readouterr().err
     other.write_text('{"output_throughput": 5, "ttft_ms": {"p50": 1}}')
     assert main(["cost", "--serve", str(other)]) == 2
     assert "on which slice was it measured?" in capsys.readouterr().err
+    other.write_text('{"output_throughput": 5, "ttft_ms": {"p50": 1}, "points": [1, 2], "point": 3}')
+    assert main(["cost", "--serve", str(other), "--serve-on", "v6e-8", "--at", "1"]) == 2
+    assert "is no sweep" in capsys.readouterr().err
+    assert main(["cost", "--serve", str(other), "--serve-on", "v6e-8"]) == 0
     other.write_text('{"output_throughput": 0}')
     assert main(["cost", "--serve", str(other), "--serve-on", "v6e-8"]) == 2
     assert "output_throughput is 0" in capsys.readouterr().err

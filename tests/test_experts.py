@@ -27,8 +27,7 @@ class Case:
 
     def __init__(self, count=8, top_k=2, rows=4, tokens=16, bias=None, dropout=0.0, seed=0):
         rng = np.random.default_rng(seed)
-        layer = SimpleNamespace(experts=Experts(count, top_k, F))
-        self.module = Mixture(SimpleNamespace(hidden=D, eps=EPS), layer, 1, jnp.float32)
+        self.module = Mixture(SimpleNamespace(hidden=D, eps=EPS), Experts(count, top_k, F), 1, jnp.float32)
         for projection, (out, inside) in ((self.module.gate_up_proj, (2 * F, D)), (self.module.down_proj, (D, F))):
             projection.lora_a = LoRA(jax.ShapeDtypeStruct((1, count, R, inside), jnp.float32))
             projection.lora_b = LoRA(jax.ShapeDtypeStruct((1, count, out, R), jnp.float32))

@@ -161,6 +161,12 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.parametrize("history", [True, 7, "q", ["q"], [["q"]], {"q": "a"}])
+def test_a_history_that_is_no_list_of_pairs_is_refused(history: object) -> None:
+    with pytest.raises(RowFault, match="'history' is not a list"):
+        read({"instruction": "add", "output": "3", "history": history}, "alpaca")
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=5), st.sampled_from(sorted(formats.USED)))
 def test_no_record_raises_anything_but_a_fault(record: dict, form: str) -> None:

@@ -234,3 +234,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule broken\n")
+
+
+def test_a_text_that_is_cut_off_is_said_so_and_not_walked():
+    cut = "HloModule jit_step\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+    with pytest.raises(ValueError, match="the computation main has no ROOT: is its text cut off"):
+        _ = parse(cut).entry.root
+    with pytest.raises(ValueError, match="the get-tuple-element x of main has no index"):
+        _ = module("%main (t: f32[8]) -> f32[8] {\n  ROOT %x = f32[8]{0} get-tuple-element(%t)\n}").entry.root.index

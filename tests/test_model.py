@@ -31,8 +31,8 @@ from helpers import (
 from gemma_tpu.gemma import kv_cache, loading
 from gemma_tpu.gemma.hf_config import from_config
 from gemma_tpu.gemma.loading import variables
-from gemma_tpu.gemma.model import HOST
 from gemma_tpu.gemma.projection import LoRA
+from gemma_tpu.gemma.remat import HOST
 from gemma_tpu.schema import Activation, Offloaded
 from gemma_tpu.step import step
 

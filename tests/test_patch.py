@@ -170,6 +170,11 @@ def test_a_shard_is_tried_and_nothing_stays(tmp_path):
     assert report.bytes == min(shard.size for shard in base.shards.values())
 
 
+def test_peak_memory_is_known_where_the_status_of_a_process_lacks_it(monkeypatch):
+    monkeypatch.setattr(patch.Path, "read_text", lambda *_: "Name:\tpython\nVmRSS:\t 5120 kB\n")
+    assert patch.peak_rss_mib() > 10
+
+
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path):
     tensors = {f"t{i}": np.zeros((8192, 8192), BF16) for i in range(3)}  # 128 MiB each
     save_file(tensors, tmp_path / "model.safetensors")

@@ -33,7 +33,7 @@ ORDER = listed("""
     errors assets schema config overlay
     hardware: chips clouds prices devices distributed torus
     storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
-    gemma: variants hf_config mesh weights quantise streaming sizes splash attention projection experts kv_cache
+    gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention projection experts kv_cache
         model sites loading
     run: runs metrics checkpoint
     pages: columns page report comparison comparison_page

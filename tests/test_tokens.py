@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list:
 
 def test_several_processes_give_what_one_gives_in_the_same_order(section, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "ALONE", 0)
-    monkeypatch.setattr(workers.Pool, "ready", lambda self: self._threads or self._start() or True)
+    monkeypatch.setattr(workers.Pool, "ready", lambda self: bool(self._running()))
     one = prepare(replace(section, cache=None), tokenizer)
     seen = counted(monkeypatch)
     several = prepare(replace(section, cache=None, workers=2), tokenizer)
@@ -76,7 +76,7 @@ def test_a_process_that_dies_is_a_failed_run_and_leaves_no_other_behind(section,
 
     def ready(self) -> bool:
         pools.append(self)
-        self._start()
+        self._running()
         self._processes[0].kill()
         return True
 
@@ -94,7 +94,7 @@ def test_a_users_transform_runs_in_the_processes_too(section, tokenizer, tmp_pat
         "def fail(messages):\n    return messages[7]\n"
     )
     monkeypatch.setattr(corpus, "ALONE", 0)
-    monkeypatch.setattr(workers.Pool, "ready", lambda self: self._threads or self._start() or True)
+    monkeypatch.setattr(workers.Pool, "ready", lambda self: bool(self._running()))
     loud = prepare(replace(section, workers=2, transform=f"{tmp_path}/mine.py:shout"), tokenizer)
     assert "MODULE A0" in tokenizer.decode(loud[0][0].tolist())
     with pytest.raises(UserError, match=r"mine.py:fail failed on a.jsonl:1: IndexError"):

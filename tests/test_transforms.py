@@ -75,7 +75,7 @@ def test_a_transform_that_fails_is_named_with_its_row(mine: str, function: str, 
 @pytest.mark.parametrize(
     "name, words",
     [("codev", "must be one of codev_r1, or a function"), ("no_such_module:f", "ModuleNotFoundError"),
-     ("no_such.py:f", "there is no file")],
+     ("no_such.py:f", "there is no file"), ("sys:no_such", "sys has no function no_such")],
 )  # fmt: skip
 def test_a_transform_that_is_not_there_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -87,6 +87,14 @@ def test_the_identity_follows_the_source(mine: str) -> None:
     assert before == transforms.identity(f"{mine}:shorten") != transforms.identity("codev_r1")
     Path(mine).write_text(MINE + "\nOTHER = 1\n")
     assert transforms.identity(f"{mine}:shorten") != before
+
+
+def test_what_is_made_of_a_function_has_the_identity_of_the_file_that_names_it(mine: str) -> None:
+    Path(mine).write_text(MINE + "\nimport functools\nshortest = functools.partial(shorten)\n")
+    before = transforms.identity(f"{mine}:shortest")
+    Path(mine).write_text(Path(mine).read_text() + "\nOTHER = 1\n")
+    assert transforms.identity(f"{mine}:shortest") != before
+    assert transforms.identity("sys:intern") == "sys:intern"  # built into Python: no file to follow
 
 
 def test_a_row_that_a_rule_leaves_out_is_no_fault() -> None:

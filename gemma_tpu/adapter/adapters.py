@@ -1,5 +1,6 @@
 """A model with what a run has trained on it: the adapter applied beside the base, or the trained base itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Trained:
     run: Path
     step: int
     record: dict[str, Any]
-    values: dict[str, jax.Array]
+    values: Mapping[str, jax.Array | np.ndarray]
 
     @property
     def base_folder(self) -> Path:
@@ -33,12 +34,13 @@ class Trained:
 
     @property
     def is_lora(self) -> bool:
-        return self.record["method"] == "lora"
+        return bool(self.record["method"] == "lora")
 
     @property
     def quantised(self) -> str | None:
         """How its base was held in training."""
-        return self.record["config"]["model"].get("quantise")
+        kind: str | None = self.record["config"]["model"].get("quantise")
+        return kind
 
     def numpy(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(value) for path, value in self.values.items()}
@@ -64,6 +66,7 @@ def read(run: str | Path, step: int | None = None) -> Trained:
         if step is not None and step not in checkpoints.steps:
             raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, checkpoints.steps))}")
         at = checkpoints.latest if step is None else step
+        assert at is not None, "a run without checkpoints was refused when they were opened"
         return Trained(run, at, checkpoints.record(at), checkpoints.restore_trained(at))
     finally:
         checkpoints.close()

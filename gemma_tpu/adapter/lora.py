@@ -7,15 +7,14 @@ what lies beyond a layer's own rank is zero in A and in B, where no gradient can
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.model import Decoder
-from gemma_tpu.gemma.projection import Constant, LoRA
+from gemma_tpu.gemma.projection import Constant, LoRA, shaped
 from gemma_tpu.gemma.sites import ALL, Site, inventory, select, sites
 from gemma_tpu.schema import LoraConfig
 
@@ -31,8 +30,8 @@ class Member:
 def members(site: Site) -> list[Member]:
     """In the order of the site's leading dims: layer by layer, K before V."""
     part = "" if site.of_experts else "self_attn." if ".attention." in site.path else "mlp."
-    names = site.hf_names if site.name == "kv_einsum" else ((site.hf_names + (site.name,)),)
-    names = [name if isinstance(name, tuple) else (name, site.name) for name in names]
+    apart = site.name == "kv_einsum"  # its K and its V have an adapter each
+    names = [(name, site.name) for name in site.hf_names] if apart else [(*site.hf_names, site.name)]
     return [
         Member(layer, tuple(f"layers.{layer}.{part}{name}" for name in every))
         for layer in site.layers for every in names
@@ -52,10 +51,10 @@ def inject(
     wanted = _layers(model, layers)
     ranks = _Pattern("lora.rank_pattern", rank_pattern or {}, rank)
     alphas = _Pattern("lora.alpha_pattern", alpha_pattern or {}, alpha)
-    sized = {}
+    sized: dict[str, tuple[list[int], list[float]]] = {}
     for site in chosen:
-        found = [(member, ranks.of(member), alphas.of(member)) for member in members(site)]
-        found = [(r, a) if member.layer in wanted else (0, 0.0) for member, r, a in found]
+        asked = [(member, ranks.of(member), alphas.of(member)) for member in members(site)]
+        found = [(r, a) if member.layer in wanted else (0, 0.0) for member, r, a in asked]
         scales = [a / (r**0.5 if rslora else r) if r else 0.0 for r, a in found]
         sized[site.path] = [r for r, _ in found], scales
     ranks.check(chosen)
@@ -125,7 +124,7 @@ def _attach(site: Site, ranks: Sequence[int], scales: Sequence[float], dropout: 
     one, rank = site.projection, max(ranks)
 
     def tensor(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> LoRA:
-        return LoRA(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
+        return shaped(LoRA, shape, jnp.float32, axes)
 
     axes_a, axes_b = site.axes()
     one.lora_a, one.lora_b = tensor(site.a_shape(rank), axes_a), tensor(site.b_shape(rank), axes_b)
@@ -138,12 +137,10 @@ def _attach(site: Site, ranks: Sequence[int], scales: Sequence[float], dropout: 
     one.lora_ranks, one.lora_dropout = tuple(ranks), dropout
     one.lora_scale = scales[0] if len(set(scales)) == 1 else tuple(scales)
     if len(set(scales)) > 1:
-        shape = site.lead
+        shape, axes = site.lead, ("layers", None)[: len(site.lead)]
         if site.of_experts:  # with the experts' dim in front, as all that lies on their devices
-            shape, axes = (*shape, site.projection.w.shape[1]), ("layers", "experts")
-        else:
-            axes = ("layers", None)[: len(shape)]
-        one.lora_scales = Constant(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
+            shape, axes = (*shape, one.w.shape[1]), ("layers", "experts")
+        one.lora_scales = shaped(Constant, shape, jnp.float32, axes)
 
 
 def constants(model: Decoder) -> dict[str, np.ndarray]:
@@ -163,8 +160,15 @@ def record(model: Decoder, section: LoraConfig) -> dict[str, Any]:
     return {"rank": section.rank, "alpha": section.alpha, "layout": layout(model)}
 
 
-def layout(model: Decoder) -> dict[str, dict[str, list[Any]]]:
-    found = {}
+class Layout(TypedDict):
+    """Of one stack: its layers (K and V of each, where both are one tensor), one after the other."""
+
+    ranks: list[int]
+    scales: list[float]
+
+
+def layout(model: Decoder) -> dict[str, Layout]:
+    found: dict[str, Layout] = {}
     for site in sites(model):
         one = site.projection
         if one.lora_a is not None:
@@ -176,12 +180,12 @@ def layout(model: Decoder) -> dict[str, dict[str, list[Any]]]:
 def initial(model: Decoder, seed: int) -> dict[str, np.ndarray]:
     """A as PEFT draws it (Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in))), B zero."""
     values: dict[str, np.ndarray] = {}
-    for number, site in enumerate(site for site in sites(model) if site.projection.lora_a is not None):
-        shape = site.projection.lora_a.shape
+    adapted = [(site, pair) for site in sites(model) if (pair := site.projection.adapter) is not None]
+    for number, (site, (a, b)) in enumerate(adapted):
         bound = 1.0 / np.sqrt(site.fan_in)
         draw = np.random.Generator(np.random.PCG64([seed, number]))
-        values[f"{site.path}.lora_a"] = within_ranks(site, draw.uniform(-bound, bound, shape).astype(np.float32))
-        values[f"{site.path}.lora_b"] = np.zeros(site.projection.lora_b.shape, np.float32)
+        values[f"{site.path}.lora_a"] = within_ranks(site, draw.uniform(-bound, bound, a.shape).astype(np.float32))
+        values[f"{site.path}.lora_b"] = np.zeros(b.shape, np.float32)
     return values
 
 
@@ -220,10 +224,11 @@ def table(chosen: Sequence[Site]) -> str:
         lines.append(f"{name:<22}{layers:>7}  {'x'.join(map(str, shape)):<22}{rank:>7}{size:>15,}  float32")
     total = sum(size for _, size, _ in rows.values())
     lines.append(f"{'total':<22}{'':>7}  {'':<22}{'':>7}{total:>15,}")
-    held = sum(int(np.prod(v.shape)) for site in chosen for v in (site.projection.lora_a, site.projection.lora_b))
-    held += sum(int(np.prod(m.shape)) for site in chosen if (m := site.projection.lora_magnitude) is not None)
-    if held > total:
-        lines.append(f"held in memory: {held:,}; layers of one stack are as wide as its widest, zeros beyond their own")
+    parts = [v for one in chosen for v in (*(one.projection.adapter or ()), one.projection.lora_magnitude)]
+    in_memory = sum(int(np.prod(v.shape)) for v in parts if v is not None)
+    if in_memory > total:
+        lines.append(f"held in memory: {in_memory:,}; layers of one stack are as wide as its widest, zeros beyond "
+                     "their own")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -238,7 +243,7 @@ def trained(site: Site) -> int:
 
 def shares(model: Decoder) -> dict[str, float]:
     """How much of each adapter tensor trains: what is beyond a layer's own rank, and PiSSA's start, does not."""
-    found = {}
+    found: dict[str, float] = {}
     for site in sites(model):
         if (ranks := site.projection.lora_ranks):
             inside = sum(ranks) / (len(ranks) * max(ranks))

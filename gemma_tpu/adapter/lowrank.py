@@ -30,12 +30,12 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[-2]
+        return int(self.a.shape[-2])
 
     @property
     def wide(self) -> tuple[np.ndarray, np.ndarray]:
         """(A, B) of the whole change scale * B A: with a start, of twice the rank. PEFT takes PiSSA so, too."""
-        if self.a0 is None:
+        if self.a0 is None or self.b0 is None:  # they come together
             return self.a, self.b
         return np.concatenate([self.a, self.a0], -2), np.concatenate([self.b, -self.b0], -1)
 
@@ -49,7 +49,8 @@ def to_length(w_OI: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
     """Every row scaled to its magnitude."""
     if magnitude is None:
         return w_OI
-    return w_OI * (magnitude / np.sqrt(np.square(w_OI).sum(-1)))[..., None]
+    scaled: np.ndarray = w_OI * (magnitude / np.sqrt(np.square(w_OI).sum(-1)))[..., None]
+    return scaled
 
 
 def by_tensor(arch: Architecture, values: Mapping[str, np.ndarray], adapter: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -57,7 +58,9 @@ def by_tensor(arch: Architecture, values: Mapping[str, np.ndarray], adapter: Map
 
     Everything must find its place; layers of a stack that were not chosen are not there.
     """
-    layout, found, used = adapter.get("layout", {}), {}, {}
+    layout = adapter.get("layout", {})
+    found: dict[str, Adapter] = {}
+    used: dict[str, int] = {}  # elements of each value that found their place
     plain = (adapter["rank"], adapter["alpha"] / adapter["rank"])
     for entry in lora_entries(arch).values():
         stem = entry.path.removesuffix(".w")

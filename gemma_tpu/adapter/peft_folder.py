@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write(out: Path, adapter: Pairs, *, base: str, native: bool = False, overwri
              WEIGHTS: save(tensors, metadata={"format": "pt"}), **(extra or {})}  # fmt: skip
     with staged(out, set(files), overwrite) as folder:
         for name, content in files.items():
-            write_file(folder / name, lambda file, content=content: file.write(content))
+            write_file(folder / name, methodcaller("write", content))
     return config
 
 
@@ -155,16 +156,15 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     config = _read_config(folder)
     tensors = read_file(folder / WEIGHTS)
     places = _places(base, arch, config)
-    problems, pairs = [], {}
+    problems: list[str] = []
+    pairs: dict[str, dict[str, np.ndarray]] = {}  # of each tensor of the base: A, B and a magnitude
     for name, value in tensors.items():
         found = re.fullmatch(_TENSOR, name)
-        place = places.get(_suffix(found[1])) if found else None
-        if place is None and _is_copy_of_k(name, tensors):
-            continue  # the form for vLLM; V is K, which has its own pair
-        if place is None:
+        module = _suffix(found[1]) if found else None
+        if found and module in places:
+            pairs.setdefault(places[module], {})[found[2] or found[3]] = value.astype(np.float32)
+        elif not _is_copy_of_k(name, tensors):  # the form for vLLM; V is K, which has its own pair
             problems.append(f"{name}: no weight of the base's text tower takes it")
-        else:
-            pairs.setdefault(place, {})[found[2] or found[3]] = value.astype(np.float32)
     parts: dict[str, LowRank] = {}
     for place, pair in pairs.items():
         if not {"A", "B"} <= pair.keys() or pair["A"].ndim != 2 or pair["B"].ndim != 2:
@@ -286,7 +286,7 @@ def onto(adapter: Adapter, arch: Architecture, start: Mapping[str, np.ndarray],
         else:
             a_RI[..., :rank, :] = part.a
             b_OR[..., :rank] = part.b * (part.scale / scale)
-            if dora:
+            if part.magnitude is not None:
                 magnitude = values[f"{stem}.lora_magnitude"][index]
                 magnitude[...] = part.magnitude.reshape(magnitude.shape)
     fresh = sorted(set(trained) - set(adapter.parts))

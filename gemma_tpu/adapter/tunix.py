@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def _params(place: str, names: list[str]) -> str:
     return max(trees, key=lambda match: (int(match[2] or -1), len(match[1])))[1]
 
 
-def _name(path: tuple) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     """The dotted name of a leaf; nnx saves each variable as {value: array}."""
     keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
     return ".".join(keys[:-1] if keys and keys[-1] == "value" else keys)

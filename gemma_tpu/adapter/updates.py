@@ -18,7 +18,8 @@ import numpy as np
 from gemma_tpu.adapter.lowrank import to_length
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.gemma.quantise import round_trip
-from gemma_tpu.storage.shards import Checkpoint, TensorInfo
+from gemma_tpu.storage.header import TensorInfo
+from gemma_tpu.storage.shards import Checkpoint
 
 FLOATS = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 Index = tuple[slice, ...]
@@ -74,11 +75,12 @@ def check(base: Checkpoint, updates: Mapping[str, Update]) -> dict[str, Edit]:
     unused = sorted(name for name in updates if name not in base)
     if unused:
         raise UserError(f"{base.where} has no tensor for {len(unused)} of {len(updates)} updates: {', '.join(unused)}")
-    edits, misfits, infinite = {}, [], []
+    edits: dict[str, Edit] = {}
+    misfits, infinite = [], []
     for name, update in updates.items():
-        edits[name] = as_edit(update)
-        misfits += [f"{name}: {problem}" for problem in _misfits(base.info(name), edits[name])]
-        if not isinstance(update, Replace) and not all(map(_is_finite, edits[name])):
+        edit = edits[name] = as_edit(update)
+        misfits += [f"{name}: {problem}" for problem in _misfits(base.info(name), edit)]
+        if not isinstance(edit, Replace) and not all(map(_is_finite, edit)):
             infinite.append(name)
     if misfits:
         raise UserError("updates do not fit the base:" + "".join(f"\n  - {misfit}" for misfit in misfits))
@@ -94,8 +96,9 @@ def as_edit(update: Update) -> Edit:
 def digest(edits: Mapping[str, Edit]) -> str:
     """Equal for equal updates: an interrupted merge goes on only with the same ones."""
     found = hashlib.blake2b(digest_size=16)
-    for name in sorted(edits):
-        for part in (edits[name],) if isinstance(edits[name], Replace) else edits[name]:
+    for name, edit in sorted(edits.items()):
+        parts: Sequence[Replace | LowRank] = (edit,) if isinstance(edit, Replace) else edit
+        for part in parts:
             rest = [getattr(part, key, None) for key in ("scale", "quantised")]
             found.update(repr((name, type(part).__name__, *rest)).encode())
             for array in vars(part).values():
@@ -158,7 +161,7 @@ class Tensor:
 
     def __init__(self, base: Checkpoint, info: TensorInfo, edit: Edit | None):
         self.base, self.info, self.edit = base, info, edit
-        self._a_RI = None
+        self._a_RI: np.ndarray | None = None
         if isinstance(edit, tuple) and len(info.shape) == 2:  # once, and not again for every block of rows
             self._a_RI = np.concatenate([np.asarray(part.a, np.float64) for part in edit])
 
@@ -173,38 +176,36 @@ class Tensor:
             with np.errstate(invalid="ignore"):  # not finite: refused by name below
                 largest = float(np.abs(new.astype(wide) - old.astype(wide)).max(initial=0.0))
             return self._rounded(old, new, largest)
-        sum_OI = self._delta(index)
+        sum_OI = self._delta(self.edit, index)
         largest = float(max(sum_OI.max(initial=0.0), -sum_OI.min(initial=0.0)))
         # bfloat16 widens to float32 without loss, and numpy adds in place only what it knows itself.
         wide_old = old.astype(np.float32) if old.dtype.itemsize < 4 else old
         part = self.edit[0]
         sum_OI += seen(wide_old, part)
         if part.magnitude is not None or part.quantised is not None:
-            sum_OI = self._to_magnitude(sum_OI, index)
+            sum_OI = _to_magnitude(sum_OI, part, index)
             largest = float(np.abs(sum_OI - wide_old).max(initial=0.0))
         return self._rounded(old, sum_OI, largest)
 
     def exact(self, index: Index) -> np.ndarray:
         """The block in float64, before it is rounded."""
         if isinstance(self.edit, Replace):
-            return self.edit.array[index].astype(np.float64)
+            whole: np.ndarray = self.edit.array[index].astype(np.float64)
+            return whole
         old = self.base.read_slice(self.info.name, index).astype(np.float64)
         if self.edit is None:
             return old
-        return self._to_magnitude(seen(old, self.edit[0]) + self._delta(index), index)
+        part = self.edit[0]
+        return _to_magnitude(seen(old, part) + self._delta(self.edit, index), part, index)
 
-    def _delta(self, index: Index) -> np.ndarray:
+    def _delta(self, parts: tuple[LowRank, ...], index: Index) -> np.ndarray:
         a_RI = self._a_RI
         if a_RI is None:  # of a stack, A is wanted whole, but of these experts alone
             experts = index[: len(self.info.shape) - 2]
-            a_RI = np.concatenate([np.asarray(part.a[experts], np.float64) for part in self.edit], axis=-2)
-        b_OR = np.concatenate([np.asarray(part.b[index], np.float64) * part.scale for part in self.edit], axis=-1)
-        return b_OR @ a_RI
-
-    def _to_magnitude(self, sum_OI: np.ndarray, index: Index) -> np.ndarray:
-        magnitude = self.edit[0].magnitude
-        with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros has no direction: refused as NaN
-            return to_length(sum_OI, None if magnitude is None else magnitude[index].astype(np.float64))
+            a_RI = np.concatenate([np.asarray(part.a[experts], np.float64) for part in parts], axis=-2)
+        b_OR = np.concatenate([np.asarray(part.b[index], np.float64) * part.scale for part in parts], axis=-1)
+        delta: np.ndarray = b_OR @ a_RI
+        return delta
 
     def _rounded(self, old: np.ndarray, exact: np.ndarray, largest: float) -> tuple[str, np.ndarray, TensorChange]:
         """Rounds once to the tensor's dtype and counts what moved."""
@@ -216,6 +217,12 @@ class Tensor:
         bits = f"u{old.dtype.itemsize}"  # numpy compares a foreign type like bfloat16 one by one
         moved = old.view(bits) != new.view(bits) if old.dtype in FLOATS else old != new
         return self.info.name, new, TensorChange(self.info.size, int(np.count_nonzero(moved)), largest)
+
+
+def _to_magnitude(sum_OI: np.ndarray, part: LowRank, index: Index) -> np.ndarray:
+    magnitude = part.magnitude
+    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros has no direction: refused as NaN
+        return to_length(sum_OI, None if magnitude is None else magnitude[index].astype(np.float64))
 
 
 def seen(w_OI: np.ndarray, part: LowRank) -> np.ndarray:

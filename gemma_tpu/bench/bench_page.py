@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gemma_tpu.bench.bench_text import (
@@ -127,13 +128,18 @@ def _pictures(series: Sequence[Series]) -> list[Section]:
     ]
     for name in LATENCIES:
         for part in ("p50", "p99"):
-            body = _picture(series, lambda one, name=name, part=part: one[name][part], "ms", True)
+            body = _picture(series, partial(_latency, name, part), "ms", True)
             made.append(Section(f"{NAMES[name]}, {part}", body))
     return [one for one in made if one.body]
 
 
+def _latency(name: str, part: str, one: Card) -> float | None:
+    found: float | None = one[name][part]
+    return found
+
+
 def _picture(series: Sequence[Series], value: Callable[[Card], float | None], unit: str, log: bool) -> str:
-    found = [(name, [(one, value(one)) for one in points if value(one)]) for name, points in series]
+    found = [(name, [(one, number) for one in points if (number := value(one))]) for name, points in series]
     values = [number for _, points in found for _, number in points]
     finite = [float(one["qps"]) for _, points in found for one, _ in points if not math.isinf(float(one["qps"]))]
     if not values:

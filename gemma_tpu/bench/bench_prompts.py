@@ -78,11 +78,11 @@ class Vocabulary:
         for _ in range(TRIES):
             words = [self._words[at] for at in random.integers(0, len(self._words), max(1, tokens - fixed))]
             ids = self._ids(" ".join([start, *words] if start else words), False)[:tokens]
-            text = self._tokenizer.decode(ids).strip()
+            text: str = self._tokenizer.decode(ids).strip()
             # Where a space is a token of its own, a cut behind one leaves a token too few.
             for end in ("", *words[:8]):
                 if self.count(text + end) == tokens and text.startswith(start):
-                    return text + end
+                    return f"{text}{end}"
         raise UserError(f"no text of exactly {tokens} tokens was found in {TRIES} tries with this tokenizer")
 
 

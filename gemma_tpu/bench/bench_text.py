@@ -166,7 +166,8 @@ def _near(one: str, other: str) -> bool:
 
 
 def _value(one: Card, name: str, part: str | None) -> float | None:
-    return one[name] if part is None else one[name][part]
+    found: float | None = one[name] if part is None else one[name][part]
+    return found
 
 
 def show_compared(found: Card) -> str:

@@ -1,7 +1,7 @@
 """What is wrong with a measurement, by name: what cannot be, what was too short, what the client did itself."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_tpu.bench.saturation import LEAST_TIMES, arrival_seconds, steady, whole_ms
@@ -102,7 +102,7 @@ def _server(point: Card, settings: Card) -> Flags:
     return found
 
 
-def of_run(settings: Card, server: Card, points: list[Card]) -> Flags:
+def of_run(settings: Card, server: Card, points: Sequence[Card]) -> Flags:
     """Doubts about all points together."""
     found: Flags = {}
     said = (server.get("settings") or {}).get("cache_dtype")

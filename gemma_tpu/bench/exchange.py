@@ -145,11 +145,12 @@ def _text(choice: dict[str, Any]) -> str:
 
 def _share(reply: Reply, events: Sequence[_Event], total: int | None, count: Count | None) -> None:
     """Tokens to the events that brought them: by the server's running count, else its total shared out by text."""
-    if events and all(one.counted is not None for one in events):
+    counted = [(one.at, one.counted) for one in events if one.counted is not None]
+    if events and len(counted) == len(events):
         before, found = 0, []
-        for one in events:
-            found.append((one.at, one.counted - before))
-            before = max(before, one.counted)
+        for at, so_far in counted:
+            found.append((at, so_far - before))
+            before = max(before, so_far)
         if total is None or total == before:
             reply.chunks, reply.counted_by = [(at, n) for at, n in found if n > 0], "usage"
             return

@@ -84,7 +84,7 @@ class Reply:
         return found | {"ttft_ms": round(1e3 * self.ttft, 4), "tpot_ms": tpot, "e2e_ms": round(1e3 * self.e2e, 4)}
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+def percentiles(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
     """Of seconds, in milliseconds; between two values linearly."""
     if not len(values):
         return {**{f"p{p}": None for p in PERCENTILES}, "mean": None}

@@ -191,6 +191,7 @@ class _Sweep:
         if self._own is not None:
             return list(islice(self._own, count))
         chat = self._settings.endpoint == "chat"
+        assert self._vocabulary is not None and point.input is not None  # `measure` and `points` have seen to it
         return random_prompts(
             self._vocabulary, count, point.input, key=[self._salt, self._settings.seed, self._number], chat=chat,
             shared=self._settings.shared_prefix, extra=self._extra + (0 if chat else self._vocabulary.added),

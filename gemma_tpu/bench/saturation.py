@@ -31,9 +31,10 @@ def arrival_seconds(point: Mapping[str, Any]) -> float:
     if math.isinf(float(point["qps"])):
         return 0.0
     if point.get("requests"):
-        times = [one["scheduled"] for one in point["requests"]]
+        times: list[float] = [one["scheduled"] for one in point["requests"]]
         return max(times) - min(times)
-    return (point["completed"] + point["failed"] - 1) / float(point["qps"])
+    count: int = point["completed"] + point["failed"]
+    return (count - 1) / float(point["qps"])
 
 
 def unloaded_ms(points: Sequence[Mapping[str, Any]]) -> float | None:
@@ -50,12 +51,18 @@ def unloaded_ms(points: Sequence[Mapping[str, Any]]) -> float | None:
 
 def whole_ms(point: Mapping[str, Any]) -> float | None:
     """The median E2E; where a file has none, by the medians of its parts."""
-    if point["e2e_ms"]["p50"] is not None:
-        return point["e2e_ms"]["p50"]
-    first, more = point["ttft_ms"]["p50"], point["tpot_ms"]["p50"]
+    whole, first, more = (_median(point, name) for name in ("e2e_ms", "ttft_ms", "tpot_ms"))
+    if whole is not None:
+        return whole
     if first is None or more is None or not point["completed"]:
         return None
-    return first + more * (point["output_tokens"] / point["completed"] - 1)
+    tokens: float = point["output_tokens"] / point["completed"]
+    return first + more * (tokens - 1)
+
+
+def _median(point: Mapping[str, Any], name: str) -> float | None:
+    found: float | None = point[name]["p50"]
+    return found
 
 
 def steady(point: Mapping[str, Any], unloaded: float | None) -> bool:
@@ -67,7 +74,7 @@ def keeps_up(point: Mapping[str, Any], unloaded: float | None) -> tuple[bool | N
     """Does the server keep up, and what share of the arrivals does it get done? None: cannot tell."""
     if point["failed"] > (1 - ENOUGH) * (point["completed"] + point["failed"]):
         return False, None
-    if not steady(point, unloaded) or not point.get("requests"):
+    if unloaded is None or not steady(point, unloaded) or not point.get("requests"):
         return None, None
     whole = [one for one in point["requests"] if "error" not in one]
     sent, took = np.array([one["sent"] for one in whole]), np.array([one["e2e_ms"] for one in whole])

@@ -158,7 +158,7 @@ def _get(url: str) -> str | None:
     headers = {"Authorization": f"Bearer {key()}"} if key() else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-            return answer.read().decode(errors="replace")
+            return str(answer.read(), "utf-8", "replace")
     except urllib.error.HTTPError as error:
         error.close()
     except OSError:

@@ -10,7 +10,7 @@ import json
 import resource
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -166,7 +166,7 @@ class Wire:
                 raise Broken("closed", "the connection was closed before the end") from None
             raise Broken("not_http", f"no size of a chunk: {raw[:40]!r}") from None
 
-    async def _within(self, reading: Any) -> bytes:
+    async def _within(self, reading: Awaitable[bytes]) -> bytes:
         try:
             async with asyncio.timeout(self._silence):
                 return await reading

@@ -43,7 +43,9 @@ def seed(text: str) -> int:
     return number
 
 
-def page_option(one: argparse.ArgumentParser, about: str = "write a page with pictures") -> None:
+def page_option(
+    one: argparse.ArgumentParser | argparse._ArgumentGroup, about: str = "write a page with pictures"
+) -> None:
     one.add_argument("--html", metavar="FILE", type=_page_file, help=about)
 
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
 
 def render(name: str, wanted: Any, found: list[Any], listed: prices.Prices) -> str:
     from gemma_tpu.costs import choose
-    from gemma_tpu.planning.plan_text import table
+    from gemma_tpu.pages.columns import table
 
     suits, others = [one for one in found if not one.refused], [one for one in found if one.refused]
     parts = [f"{name}: {wanted.kind} of {wanted.model}, paid {choose.way(wanted)}; every figure is predicted"]

@@ -145,7 +145,7 @@ def _report(args: argparse.Namespace) -> Any:
             engineering_hours=args.against_engineering_hours, storage_gb=args.storage_gb,
         ))  # fmt: skip
     optimisation = None
-    if args.before:
+    if args.before and first.serving is not None:  # `_check` has asked for --serve
         before = cost_sources.bench(args.before, args.serve_on, arch, args.at)
         hour = cost.serving_hour(before, listed, args.pay).usd
         effort = args.effort_hours * listed["engineering.usd_hour"]
@@ -167,9 +167,9 @@ def _split(args: argparse.Namespace) -> tuple[prices.Prices, list[str]]:
 
 def _second_place(args: argparse.Namespace, first: Any) -> str | None:
     """Served where the other side trains, if the first one serves at all."""
-    if args.against_serve_on or args.against_serve:
-        return args.against_serve_on or args.against
-    return args.against if first.serving else None
+    served = args.against_serve_on or args.against_serve or first.serving
+    place: str | None = args.against_serve_on or args.against
+    return place if served else None
 
 
 def _second_training(args: argparse.Namespace, changes: Sequence[str]) -> Any:

@@ -4,11 +4,17 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tpu import config
 from gemma_tpu.commands.arguments import page_option, write_page
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import Config
+
+if TYPE_CHECKING:
+    from gemma_tpu.data.corpus import Prepared
+    from gemma_tpu.data.display import Turn
+    from gemma_tpu.data.tokenizer import Tokenizer
 
 Result = dict[str, Any]
 ABOUT = "count, measure and show the rows that a config trains on"
@@ -39,14 +45,19 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     main = parts[0][1]
     count = min(args.show, len(main))
     picked = [at * len(main) // count for at in range(count)]  # spread over all of them
-    shown = [(main.where(row), display.turns(*main[row], tokenizer)) for row in picked]
+
+    def row_of(number: int) -> tuple[str, list["Turn"]]:
+        ids, mask = main[number]
+        return main.where(number), display.turns(ids, mask, tokenizer)
+
+    shown = [row_of(number) for number in picked]
     colour = _has_colours()
     for where, row in shown:
         print(f"== {where}\n{display.in_terminal(row, colour)}\n")
     if args.html:
         from gemma_tpu.data import data_page
 
-        first = [(main.where(row), display.turns(*main[row], tokenizer)) for row in range(min(3, len(main)))]
+        first = [row_of(number) for number in range(min(3, len(main)))]
         write_page(args.html, data_page.page_of(args.config, parts, shown or first))
     result = data_text.figures(main)
     for title, rows in parts[1:]:
@@ -54,7 +65,7 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     return result, 0
 
 
-def _parts(chosen: config.Config, tokenizer: Any) -> list[tuple[str, Any]]:
+def _parts(chosen: Config, tokenizer: "Tokenizer") -> list[tuple[str, "Prepared"]]:
     """The corpora of the config, each with its title; preference pairs are two."""
     from gemma_tpu.data.corpus import prepare
     from gemma_tpu.data.rows import form_of

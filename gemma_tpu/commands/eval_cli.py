@@ -16,6 +16,7 @@ from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 Add = Callable[[argparse.ArgumentParser], None]
+Command = Callable[[argparse.Namespace], tuple[Result, int]]
 
 
 # --- eval tiny ---
@@ -174,7 +175,7 @@ COMPARE = ("two evaluations side by side: wins, losses, and whether the differen
            "gemma-tpu compare runs/a/eval_tiny.json runs/b/eval_tiny.json")  # fmt: skip
 
 # name, what runs, what it is, an example, its arguments
-EVALS: tuple[tuple[str, Callable, str, str, Add], ...] = (
+EVALS: tuple[tuple[str, Command, str, str, Add], ...] = (
     ("tiny", tiny, "pass@k on the bundled Verilog problems, by simulation in a sandbox",
      "gemma-tpu eval tiny runs/tiny_cpu --n 5 --temperature 0.8", _add_tiny),
     ("verilog", verilog, "pass@k on verilog-eval v2, by simulation in a sandbox; again: goes on where it stopped",

@@ -109,14 +109,15 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 
     example = "gemma-tpu schema > gemma_tpu.schema.json"
     one = command(commands, "schema", schema, "the config's JSON Schema, for editors that complete and check", example)
-    one.epilog += ("\n\nin VS Code with the YAML extension, the first line of a config:\n"
+    one.epilog = (f"{one.epilog}\n\nin VS Code with the YAML extension, the first line of a config:\n"
                    "  # yaml-language-server: $schema=gemma_tpu.schema.json")  # fmt: skip
 
     example = "gemma-tpu doctor --bucket gs://mine/runs"
     one = command(commands, "doctor", examine, "what this machine has of what a run needs; each thing's fix", example)
     one.add_argument("--folder", metavar="DIR", type=Path, default=Path("."), help="whose disk is looked at (here)")
     one.add_argument("--bucket", metavar="URL", help="write, read and remove a small file there")
-    one.epilog += "\nexit code 1: something is there and wrong; what is only missing is listed with what it is for"
+    one.epilog = (f"{one.epilog}\nexit code 1: something is there and wrong; what is only missing is listed with what "
+                  "it is for")  # fmt: skip
 
     example = 'eval "$(gemma-tpu completion bash)"       # in ~/.bashrc; zsh in ~/.zshrc'
     one = command(commands, "completion", complete, "completion of commands, options and config keys", example)

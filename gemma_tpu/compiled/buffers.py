@@ -91,7 +91,7 @@ def _kind(told: str) -> str | None:
 def _tenants(values: list[Value]) -> list[Value]:
     """The largest values that do not overlap in the arena: one for each place."""
     taken: list[tuple[int, int]] = []
-    chosen = []
+    chosen: list[Value] = []
     for one in sorted(values, key=lambda value: -value[1]):
         start, end = one[2], one[2] + one[1]
         if one[1] and len(chosen) < 200 and all(end <= low or start >= high for low, high in taken):

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,45 +58,50 @@ def _dot(instruction: Instruction, left: Shape) -> float:
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape) -> float:
-    labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
-    image, kernel, out = labels.groups()
-    window = _window(instruction.attribute("window") or "{}")
+    image, kernel, out = re.split("_|->", instruction.needs("dim_labels"))
+    labelled = sorted(set(image) - set("bf"))
+    slides = _slides(instruction.attribute("window") or "{}", len(labelled))
     batch = left.dims[image.index("b")] // int(instruction.attribute("batch_group_count") or 1)
     features = right.dims[kernel.index("i")] * instruction.shape.dims[out.index("f")]
     spatial = 1
-    for place, label in enumerate(sorted(set(image) - set("bf"))):
+    for label, slide in zip(labelled, slides, strict=True):
         spatial *= _meetings(
             left.dims[image.index(label)],
             right.dims[kernel.index(label)],
             instruction.shape.dims[out.index(label)],
-            *(window[key][place] if key in window else usual for key, usual in _USUAL.items()),
+            slide,
         )
     return 2.0 * batch * features * spatial
 
 
-_USUAL: dict[str, int | tuple[int, int]] = {"stride": 1, "pad": (0, 0), "lhs_dilate": 1, "rhs_dilate": 1}
+class _Slide(NamedTuple):
+    """How a window moves along one dim."""
+
+    stride: int
+    low: int  # padding in front
+    dilated: int
+    window_dilated: int
 
 
-def _window(text: str) -> dict[str, list[int] | list[tuple[int, int]]]:
-    found = {}
-    for word in text.strip("{}").split():
-        key, _, value = word.partition("=")
-        parts = value.split("x")
-        found[key] = [tuple(map(int, part.split("_"))) for part in parts] if key == "pad" else list(map(int, parts))
-    return found
+def _slides(text: str, dims: int) -> list[_Slide]:
+    """`{size=3x1 stride=2x1 pad=1_1x0_0}`; what the text leaves out is as usual."""
+    words = {key: value.split("x") for key, _, value in (word.partition("=") for word in text.strip("{}").split())}
+    strides, dilated, window_dilated = (
+        [int(each) for each in words.get(name, ["1"] * dims)] for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    low = [int(each.split("_")[0]) for each in words.get("pad", ["0_0"] * dims)]
+    return [_Slide(*each) for each in zip(strides, low, dilated, window_dilated, strict=True)]
 
 
 @cache
-def _meetings(
-    size: int, window: int, out: int, stride: int, pad: tuple[int, int], dilated: int, window_dilated: int
-) -> int:
+def _meetings(size: int, window: int, out: int, slide: _Slide) -> int:
     """Pairs of an output place and a window place that meet an element, not padding and not a hole of dilation."""
-    base = np.arange(out, dtype=np.int64) * stride - pad[0]
-    last = (size - 1) * dilated
+    base = np.arange(out, dtype=np.int64) * slide.stride - slide.low
+    last = (size - 1) * slide.dilated
     count = 0
     for offset in range(window):
-        place = base + offset * window_dilated
-        count += int(np.count_nonzero((place >= 0) & (place <= last) & (place % dilated == 0)))
+        place = base + offset * slide.window_dilated
+        count += int(np.count_nonzero((place >= 0) & (place <= last) & (place % slide.dilated == 0)))
     return count
 
 

@@ -118,10 +118,17 @@ class Instruction:
                 return self.attributes[start:at]
         return self.attributes[start:]
 
-    def called_by(self, role: str) -> str | None:
-        """The computation in one role: `body`, `condition`, `calls`, `to_apply`."""
-        value = self.attribute(role)
-        return value.strip("{}%") if value else None
+    def needs(self, name: str) -> str:
+        """An attribute that this opcode never lacks."""
+        value = self.attribute(name)
+        if value is None:
+            raise ValueError(f"the {self.opcode} {self.name} of {self.computation} has no {name}")
+        return value
+
+    @property
+    def index(self) -> int:
+        """The place in the tuple that a get-tuple-element takes."""
+        return int(self.needs("index"))
 
     @property
     def op_name(self) -> str:
@@ -144,7 +151,14 @@ class Instruction:
 class Computation:
     name: str
     instructions: list[Instruction] = field(default_factory=list)
-    root: Instruction | None = None
+    marked: Instruction | None = None  # the one that the text calls ROOT
+
+    @property
+    def root(self) -> Instruction:
+        """What the computation returns; a whole text marks one in each."""
+        if self.marked is None:
+            raise ValueError(f"the computation {self.name} has no ROOT: is its text cut off?")
+        return self.marked
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
@@ -180,6 +194,10 @@ class Module:
         line = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
         return f"{Path(line[1]).name}:{line[2]}" if line else ""
 
+    def called(self, instruction: Instruction, role: str) -> Computation:
+        """The computation that an instruction calls in one role: `body`, `condition`."""
+        return self.computations[instruction.needs(role).strip("{}%")]
+
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """Every instruction of the computations that this one calls, at any depth."""
         for name in instruction.called:
@@ -198,7 +216,7 @@ def parse(text: str) -> Module:
             if here is not None:
                 _add(here, line[2:])
         elif line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY ")):
-            name = re.match(r"(?:ENTRY )?%?([^\s(]+)", line)[1]
+            name = re.split(r"[\s(]", line.removeprefix("ENTRY ").removeprefix("%"), maxsplit=1)[0]
             here = computations[name] = Computation(name)
             entry = here if line.startswith("ENTRY ") else entry
         elif line.startswith("}"):
@@ -254,7 +272,7 @@ def _add(here: Computation, line: str) -> None:
     )
     here.instructions.append(made)
     if found[1]:
-        here.root = made
+        here.marked = made
 
 
 def _closing(text: str, start: int) -> int:

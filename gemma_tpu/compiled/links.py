@@ -8,7 +8,7 @@ link's bytes over its speed; two collectives at once queue on the links that the
 import itertools
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from gemma_tpu.compiled.hlo import Instruction, Shape
 from gemma_tpu.hardware.chips import Slice
 
 Link = tuple[int, int]  # a directed link, from chip to chip; (chip, chip) is between the devices of one chip
+Shares = dict[Link, float]  # what part of a device's bytes goes over each link
 DIE_LINKS = 6  # the devices of one chip exchange at six times one link (tpu7x)
 BOX_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-broadcast")
 
@@ -98,11 +99,13 @@ class Grid:
         return self._loads[transfer]
 
     def _all_loads(self, transfer: Transfer) -> dict[Link, float]:
-        share: Counter[Link] = Counter()
+        share: Shares = defaultdict(float)
         for group in transfer.groups:
             if len(group) > 1:
-                share.update(self._group(transfer.kind, group))
-        share.update(self._permutation(transfer.pairs))
+                for link, part in self._group(transfer.kind, group).items():
+                    share[link] += part
+        for link, part in self._permutation(transfer.pairs).items():
+            share[link] += part
         speed = self.link_gbs * 1e9
         return {
             link: part * transfer.bytes / (speed * (DIE_LINKS if link[0] == link[1] else 1))
@@ -110,34 +113,34 @@ class Grid:
             if self.kept is None or link in self.kept
         }
 
-    def _group(self, kind: str, group: tuple[int, ...]) -> Counter[Link]:
+    def _group(self, kind: str, group: tuple[int, ...]) -> Shares:
         """What part of a device's bytes goes over each link, for one replica group."""
         chips = sorted({self.chip(device) for device in group})
         if len(chips) == 1:
-            return Counter({(chips[0], chips[0]): 1.0})
+            return {(chips[0], chips[0]): 1.0}
         if kind in BOX_KINDS:
             inside = {chip: self.neighbours[chip] & set(chips) for chip in chips}
             degree = min(len(near) for near in inside.values())
             if degree and _connected(inside):
-                return Counter({(chip, near): 1 / degree for chip in chips for near in inside[chip]})
+                return {(chip, near): 1 / degree for chip in chips for near in inside[chip]}
             return self._ring(chips)
         each = 1 / (len(group) - 1)  # of what one device sends to the others together
-        share: Counter[Link] = Counter()
+        share: Shares = defaultdict(float)
         for start, end in itertools.permutations(group, 2):
             for link in self.route(self.chip(start), self.chip(end)):
                 share[link] += each
         return share
 
-    def _ring(self, chips: list[int]) -> Counter[Link]:
+    def _ring(self, chips: list[int]) -> Shares:
         """Chips that are no neighbours: a ring in both directions, each hop over the chips between."""
-        share: Counter[Link] = Counter()
+        share: Shares = defaultdict(float)
         for start, end in zip(chips, [*chips[1:], chips[0]], strict=True):
             for link in (*self.route(start, end), *self.route(end, start)):
                 share[link] += 0.5
         return share
 
-    def _permutation(self, pairs: tuple[tuple[int, int], ...]) -> Counter[Link]:
-        share: Counter[Link] = Counter()
+    def _permutation(self, pairs: tuple[tuple[int, int], ...]) -> Shares:
+        share: Shares = defaultdict(float)
         for start, end in pairs:
             here, there = self.chip(start), self.chip(end)
             if here == there and start != end:

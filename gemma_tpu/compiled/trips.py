@@ -10,18 +10,19 @@ def trip_count(module: Module, loop: Instruction, caller: Computation) -> tuple[
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1]), ""
-    condition = module.computations[loop.called_by("condition")]
-    body = module.computations[loop.called_by("body")]
+    condition = module.called(loop, "condition")
+    body = module.called(loop, "body")
     compare, owner = _compare(module, condition)
     direction = compare.attribute("direction") if compare else None
     operands = [_outside(owner, name, condition) for name in compare.operands] if compare else []
-    places = [int(one.attribute("index")) for one in operands if one and one.opcode == "get-tuple-element"]
-    counters = [place for place in places if _step(body, place)]
+    places = [one.index for one in operands if one and one.opcode == "get-tuple-element"]
+    counters = {place: step for place in places if (step := _step(body, place))}
     limits = [number for number in map(_literal, operands) if number is not None]
     limits += [number for place in places if place not in counters and (number := _start(caller, loop, place))]
     if direction in (None, "EQ") or len(counters) != 1 or len(limits) != 1:
         return None, ""
-    start, step = _start(caller, loop, counters[0]), _step(body, counters[0])
+    counter, step = next(iter(counters.items()))
+    start = _start(caller, loop, counter)
     distance = limits[0] - (start or 0)
     count = distance // step + 1 if direction in ("LE", "GE") else -(-distance // step)
     return max(0, count), "" if start is not None else f"the counter of the loop {loop.name} starts at 0"
@@ -29,7 +30,8 @@ def trip_count(module: Module, loop: Instruction, caller: Computation) -> tuple[
 
 def _compare(module: Module, condition: Computation) -> tuple[Instruction | None, Computation]:
     """The comparison at a condition's root, which may be inside of a fusion."""
-    root, owner = condition.root, condition
+    root: Instruction | None = condition.root
+    owner = condition
     while root is not None and root.opcode in ("fusion", "bitcast", "copy"):
         if root.opcode == "fusion":
             owner = module.computations[root.called[0]]
@@ -49,8 +51,9 @@ def _outside(owner: Computation, name: str, condition: Computation) -> Instructi
 
 
 def _literal(found: Instruction | None) -> int | None:
-    whole = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.arguments)
-    return int(found.arguments) if whole else None
+    if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.arguments):
+        return None
+    return int(found.arguments)
 
 
 def _start(caller: Computation, loop: Instruction, index: int) -> int | None:
@@ -66,12 +69,12 @@ def _start(caller: Computation, loop: Instruction, index: int) -> int | None:
 
 def _step(body: Computation, index: int) -> int | None:
     """What one turn adds to the counter: the constants on the way from the root back to the parameter."""
-    if body.root is None or body.root.opcode != "tuple":
+    if body.root.opcode != "tuple":
         return None
     step, found = 0, body.by_name.get(body.root.operands[index])
     while found is not None:
         if found.opcode == "get-tuple-element":
-            return step if int(found.attribute("index")) == index else None
+            return step if found.index == index else None
         if found.opcode not in ("add", "copy", "bitcast"):
             return None
         literals = [_literal(body.by_name.get(operand)) for operand in found.operands]

@@ -6,7 +6,7 @@ scheduled between; only the rest is waited for. Nothing here was measured: it is
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +112,8 @@ class Walker:
         self.module, self.place, self.works, self.grid, self.by_cycles = module, place, works, grid, by_cycles
         self.time = Timeline()
         self.has_cycles = False
-        self.by_kind: Counter[str] = Counter()
-        self.totals: Counter[str] = Counter()
+        self.by_kind: defaultdict[str, float] = defaultdict(float)
+        self.hidden = self.flops = self.bytes = self.links = 0.0  # of the whole walk, as Walk has them
         self.costs: dict[tuple[str, str], Cost] = {}
         self.assumptions: dict[str, None] = {}
         self.unknown: Counter[str] = Counter()
@@ -130,11 +130,11 @@ class Walker:
         unknown = self.works.unknown + self.unknown
         return Walk(
             seconds=self.time.now,
-            by_kind=dict(self.by_kind.most_common()),
-            hidden_seconds=self.totals["hidden"],
-            flops=self.totals["flops"],
-            hbm_bytes=self.totals["bytes"],
-            collective_bytes=self.totals["links"],
+            by_kind=dict(sorted(self.by_kind.items(), key=lambda one: -one[1])),
+            hidden_seconds=self.hidden,
+            flops=self.flops,
+            hbm_bytes=self.bytes,
+            collective_bytes=self.links,
             costs=sorted(self.costs.values(), key=lambda cost: -cost.seconds),
             assumptions=[*told, *ASSUMPTIONS, *self.works.assumptions, *self.assumptions],
             unknown=[f"{name}: {count}" for name, count in unknown.items()],
@@ -164,7 +164,7 @@ class Walker:
         if trips is None:
             self.unknown[f"trips of the loop {loop.name}, taken as 1"] += 1
             trips = 1
-        body = self.module.computations[loop.called_by("body")]
+        body = self.module.called(loop, "body")
         first = self._carried(here, loop.operands[0], carried)
         if trips:
             self._computation(body, times, first)
@@ -186,11 +186,11 @@ class Walker:
             name = made.name
             source = here.by_name.get(made.operands[0]) if made.operands else None
             if made.opcode == "get-tuple-element" and source is not None:
-                place = int(made.attribute("index"))
+                place = made.index
                 if source.opcode == "parameter":
                     return carried.get(place, name)
                 if source.opcode == "while":
-                    body = self.module.computations[source.called_by("body")]
+                    body = self.module.called(source, "body")
                     return self._carried(body, body.root.name, {}).get(place, name)
                 made = here.by_name.get(source.operands[place]) if source.opcode == "tuple" else None
             elif made.opcode == "async-update" and source is not None and source.operands:
@@ -217,7 +217,7 @@ class Walker:
             if begun.operands:
                 return  # it began with its async-start
         found = self.works.collective(begun, here)
-        key = f"channel {found[0].channel}" if self.works.end(each) else each.name
+        key = f"channel {found[0].channel}" if found and self.works.end(each) else each.name
         if found:
             self._send(key, self.works.name(found[0]), self.works.transfer(*found), times)
         else:
@@ -228,14 +228,14 @@ class Walker:
             self.time.start(key, Pending(name, "collective", 0.0, 0.0, self.time.send({})))
             return
         loads = self.grid.loads(transfer)
-        self.totals["links"] += transfer.bytes * times
+        self.links += transfer.bytes * times
         alone = max(loads.values(), default=0.0)
         self.time.start(key, Pending(name, "collective", alone, transfer.bytes, self.time.send(loads)))
 
     def _copy(self, key: str, begun: Instruction, each: Instruction, here: Computation, times: int) -> None:
         """A copy in the background: in the queue for HBM, or on the way to the host's memory."""
         moved = self.works.moved(begun, here) if begun is each or begun.called else 0.0
-        self.totals["bytes"] += moved * times
+        self.bytes += moved * times
         name = self.works.name(each)
         host = HOST in {shape.space for shape in (*each.shapes, *shapes_of(each, here))}
         if host:
@@ -257,7 +257,7 @@ class Walker:
         made = self.time.take(key)
         if made is None:
             self.unknown[f"{each.opcode} whose start was not found"] += times
-        elif made.kind == "copy":
+        elif made.transfer is None:  # a copy, in the queue
             waited = self.time.finish_copy(made.ticket)
             self._add(made.name, "prefetch_exposed", waited * times, 0, 0.0, 0.0)
         else:
@@ -265,7 +265,7 @@ class Walker:
             if made.kind == "host":
                 self._add(made.name, "host_exposed", waited * times, 0, 0.0, 0.0)
             else:
-                self.totals["hidden"] += max(0.0, made.alone - waited) * times
+                self.hidden += max(0.0, made.alone - waited) * times
                 self._add(made.name, "collective_exposed", waited * times, times, 0.0, made.bytes)
 
     # --- what holds the core ---
@@ -276,11 +276,11 @@ class Walker:
         if work.cycles is not None:
             self.has_cycles = True
             seconds = work.cycles if self.by_cycles else seconds
-        self.totals["flops"] += work.flops * times
-        self.totals["bytes"] += work.bytes * times
+        self.flops += work.flops * times
+        self.bytes += work.bytes * times
         name = self.works.name(each)
         if work.transfer is not None and not self._under_way(each, here):
-            self.totals["links"] += work.transfer.bytes * times
+            self.links += work.transfer.bytes * times
             waited = self.time.finish(self.time.send(self.grid.loads(work.transfer)))
             self._add(name, "collective_sync", max(waited, seconds) * times, times, work.flops, work.transfer.bytes)
             seconds = max(0.0, seconds - waited)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from gemma_tpu import config
 from gemma_tpu.costs import cost, paper
 from gemma_tpu.costs.cost_sources import fastest
-from gemma_tpu.costs.demand import Demand
+from gemma_tpu.costs.demand import Demand, Serving, Training
 from gemma_tpu.estimate import advice, inference, roofline
 from gemma_tpu.estimate.inference import Load, Server
 from gemma_tpu.gemma.variants import Architecture
@@ -49,7 +49,7 @@ class Choice:
         return self.slices * self.place.chips
 
 
-def choose(demand: Demand, prices: Prices) -> list[Choice]:
+def choose(demand: Training | Serving, prices: Prices) -> list[Choice]:
     """Those that suit, the cheapest first, then the others."""
     model = subject.find_model(demand.model)
     found = []
@@ -60,8 +60,10 @@ def choose(demand: Demand, prices: Prices) -> list[Choice]:
         refused = tuple(_refusals(demand, place, prices))
         if refused:
             found.append(Choice(place, refused))
+        elif isinstance(demand, Training):
+            found.append(_trained(demand, place, prices, model))
         else:
-            found.append((_trained if demand.kind == "training" else _served)(demand, place, prices, model))
+            found.append(_served(demand, place, prices, model))
     return sorted(found, key=lambda one: (bool(one.refused), one.usd or math.inf, one.place.chip.name, one.chips))
 
 
@@ -98,7 +100,7 @@ def _porting(demand: Demand, place: Slice, prices: Prices) -> float:
 # --- training ---
 
 
-def laid_out(demand: Demand, place: Slice) -> float:
+def laid_out(demand: Training, place: Slice) -> float:
     """Positions that are computed for each token of a row: what static shapes waste."""
     if demand.shapes == "fixed":
         return 1.0
@@ -111,10 +113,10 @@ def laid_out(demand: Demand, place: Slice) -> float:
     return demand.max_seq_len / demand.row_tokens
 
 
-def _trained(demand: Demand, place: Slice, prices: Prices, model: subject.Subject) -> Choice:
+def _trained(demand: Training, place: Slice, prices: Prices, model: subject.Subject) -> Choice:
     chosen = config.load(demand.config)
     chosen = replace(chosen, model=replace(chosen.model, path=demand.model),
-                     data=replace(chosen.data, max_seq_len=int(demand.max_seq_len)))  # fmt: skip
+                     data=replace(chosen.data, max_seq_len=demand.max_seq_len))  # fmt: skip
     best = advice.best_on(model.architecture, Job.of(chosen, {}, "full"), place)
     if best is None:
         return Choice(place, ("the model, its adapter and one row do not fit with any mesh or remat",))
@@ -123,8 +125,10 @@ def _trained(demand: Demand, place: Slice, prices: Prices, model: subject.Subjec
     steps = math.ceil(positions / best.job.tokens_per_update)
     load = Workload(steps, round(demand.tokens), 1 - demand.tokens / positions, "the workload file", False)
     made = plan.make(chosen, demand.config, place, model, load, compiled=False, suggest=False)
+    undisturbed = made.hours
+    assert undisturbed is not None  # `load` says how many updates
     compiling = prices["compile.tpu_minutes"] / 60 if place.chip.kind == "tpu" and demand.changes == "often" else 0.0
-    training = cost.Training(place, made.hours + compiling, demand.tokens, False, "planned")
+    training = cost.Training(place, undisturbed + compiling, demand.tokens, False, "planned")
     usd = sum(cost.run_usd(training, prices, way(demand))) / 2
     hours = cost.preempted(training.hours, prices).hours if way(demand) == "spot" else training.hours
     if demand.deadline_hours is not None and hours > demand.deadline_hours:
@@ -137,24 +141,24 @@ def _trained(demand: Demand, place: Slice, prices: Prices, model: subject.Subjec
     notes += [f"{made.peak_gib * place.chip.devices:.0f} of {place.chip.hbm_gib:.0f} GiB"]
     return Choice(
         place, (), usd * demand.runs + _porting(demand, place, prices), usd / demand.tokens * 1e6,
-        demand.tokens / made.hours / 3600, hours, 1, None, made.estimate.limited_by, tuple(notes),
+        demand.tokens / undisturbed / 3600, hours, 1, None, made.estimate.limited_by, tuple(notes),
     )  # fmt: skip
 
 
 # --- serving ---
 
 
-def padded_prompt(demand: Demand, place: Slice) -> int:
+def padded_prompt(demand: Serving, place: Slice) -> int:
     """Tokens that a prompt is computed as: a TPU's server pads it to a bucket that was compiled."""
     if place.chip.kind == "gpu" or demand.shapes == "fixed":
-        return int(demand.prompt_tokens)
+        return demand.prompt_tokens
     if demand.shapes == "bounded":
-        return int(demand.prompt_tokens + BUCKET / 2)
+        return demand.prompt_tokens + BUCKET // 2
     return round(demand.prompt_tokens * 4 / 3)  # powers of two, lengths evenly spread between two of them
 
 
-def _served(demand: Demand, place: Slice, prices: Prices, model: subject.Subject) -> Choice:
-    load, share = Load(padded_prompt(demand, place), int(demand.output_tokens)), paper.reached(place.chip.kind)
+def _served(demand: Serving, place: Slice, prices: Prices, model: subject.Subject) -> Choice:
+    load, share = Load(padded_prompt(demand, place), demand.output_tokens), paper.reached(place.chip.kind)
     first, why = fastest(model.architecture, place, load, kv_bytes=demand.kv_bytes)
     if first is None:
         return Choice(place, (why,))
@@ -206,7 +210,7 @@ def _rows_within(server: Server, load: Load, share: float, tpot_ms: float | None
 # --- the questions ---
 
 
-def answers(demand: Demand, found: list[Choice]) -> list[tuple[str, str]]:
+def answers(demand: Training | Serving, found: list[Choice]) -> list[tuple[str, str]]:
     """The questions that decide, in order, each with this workload's own figures."""
     arch = subject.find_model(demand.model).architecture
     best = [one for one in found if not one.refused]
@@ -232,12 +236,12 @@ def answers(demand: Demand, found: list[Choice]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _products(arch: Architecture, demand: Demand) -> float:
+def _products(arch: Architecture, demand: Training | Serving) -> float:
     """The share of useful FLOPs that are products with weights; the rest is attention over the context."""
-    if demand.kind == "serving":
-        load = Load(int(demand.prompt_tokens), int(demand.output_tokens))
+    if isinstance(demand, Serving):
+        load = Load(demand.prompt_tokens, demand.output_tokens)
         scores = inference.attention_of_request(arch, load)
         return 1 - scores / inference.flops_of_request(arch, load)
     weights = sum(sum(roofline.layer_matmuls(arch, layer).values()) for layer in arch.layers) + arch.vocab * arch.hidden
-    scores = sum(roofline.attention_flops(arch, layer, int(demand.max_seq_len)) for layer in arch.layers)
+    scores = sum(roofline.attention_flops(arch, layer, demand.max_seq_len) for layer in arch.layers)
     return 4 * weights / (4 * weights + 3 * scores)

@@ -1,6 +1,6 @@
 """The sections of a cost's page: the run by every way to pay, tokens, totals over hours and tokens, an optimisation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gemma_tpu.costs import cost_text, paper
 from gemma_tpu.costs.cost import BreakEven, Side
@@ -59,7 +59,8 @@ def _facts(report: Report) -> str:
                           f"{side.training.hours:.3g} h, {side.way}", ""))  # fmt: skip
         if side.serving:
             of = "measured" if side.serving.measured else "predicted"
-            found.append((f"1M tokens on {side.serving.place.name}, {of}", dollars(side.per_million),
+            per_million = dollars(side.serving.usd_per_million(side.per_hour))
+            found.append((f"1M tokens on {side.serving.place.name}, {of}", per_million,
                           f"{side.serving.output_tokens_per_s:,.0f} tokens/s", ""))  # fmt: skip
     for crossing, unit in ((report.by_hours, "h served"), (report.by_tokens, "M tokens served")):
         if crossing and crossing.after:
@@ -89,8 +90,9 @@ def _serving(report: Report) -> str:
     for side in report.sides:
         if side.serving is not None:
             shade = (MEASURED if side.serving.measured else PREDICTED)[report.sides.index(side)]
-            text = f"{dollars(side.per_million)}, {side.serving.chip_hours_per_million:.3g} accelerator-hours"
-            rows.append(Bar(side.serving.place.name, side.per_million, text, shade, side.serving.measured))
+            usd = side.serving.usd_per_million(side.per_hour)
+            text = f"{dollars(usd)}, {side.serving.chip_hours_per_million:.3g} accelerator-hours"
+            rows.append(Bar(side.serving.place.name, usd, text, shade, side.serving.measured))
     if not rows:
         return ""
     return page.bars(rows, "Dollars for a million output tokens") + _table(cost_text.serving_rows(report))
@@ -101,12 +103,13 @@ def _totals(report: Report) -> list[Section]:
     found = [Section("Total cost", _table(cost_text.total_rows(report)) + lines)]
     if all(one.hourly for one in report.sides):
         most = _most(report.by_hours, max((*report.hours, 1.0)))
-        drawn = _lines(report, "hours of serving", most, lambda side, hours: side.after_hours(hours), report.by_hours)
+        rates = [one.per_hour for one in report.sides]
+        drawn = _lines(report, "hours of serving", most, rates, report.by_hours)
         found.append(Section("Over the hours served", drawn))
-    if all(one.per_million is not None for one in report.sides):
+    rates = [one.per_million for one in report.sides if one.per_million is not None]
+    if len(rates) == len(report.sides):
         most = _most(report.by_tokens, max((*report.tokens, 1e6)) / 1e6)
-        drawn = _lines(report, "million tokens served", most, lambda side, n: side.after_tokens(n * 1e6),
-                       report.by_tokens)  # fmt: skip
+        drawn = _lines(report, "million tokens served", most, rates, report.by_tokens)
         found.append(Section("Over the tokens served", drawn))
     return found
 
@@ -116,20 +119,24 @@ def _most(crossing: BreakEven | None, asked: float) -> float:
     return asked if crossing is None or crossing.at is None else max(asked, 1.5 * crossing.at)
 
 
-def _lines(
-    report: Report, label: str, most: float, usd: Callable[[Side, float], float], crossing: BreakEven | None
-) -> str:
+def _lines(report: Report, label: str, most: float, rates: Sequence[float], crossing: BreakEven | None) -> str:
+    """Dollars of each side, what is paid once and `rates` for each unit of the other axis."""
+
+    def usd(number: int, x: float) -> float:
+        return report.sides[number].fixed + x * rates[number]
+
     at = [most * n / POINTS for n in range(POINTS + 1)]
-    curves = [Curve([(x, usd(side, x)) for x in at], colour(report, side), "") for side in report.sides]
+    curves = [Curve([(x, usd(number, x)) for x in at], colour(report, side), "")
+              for number, side in enumerate(report.sides)]  # fmt: skip
     high = max(y for curve in curves for _, y in curve.points) * 1.08 or 1.0
     dots = []
     # The names stand at different places of their lines, so that lines that run together stay legible.
     for number, side in enumerate(report.sides):
         x = at[POINTS * (1 + 2 * number) // 8]
-        dots.append(Dot(x, usd(side, x), side.name, f"{side.name}: {dollars(usd(side, x))}", colour(report, side), 4.0,
-                        is_measured(side)))  # fmt: skip
+        y = usd(number, x)
+        dots.append(Dot(x, y, side.name, f"{side.name}: {dollars(y)}", colour(report, side), 4.0, is_measured(side)))
     if crossing and crossing.at is not None:
-        y = usd(report.sides[0], crossing.at)
+        y = usd(0, crossing.at)
         dots.append(Dot(crossing.at, y, f"break-even {crossing.at:,.4g}", f"{dollars(y)}", CROSSING, 6.0))
     return page.plot(Axis(label, 0.0, most), Axis("$", 0.0, high), curves, dots, f"Dollars against {label}")
 
@@ -151,7 +158,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return page.table(head, body, right=range(1, len(head)))
 
 
-def _paper_table(rows: Sequence[tuple]) -> str:
+def _paper_table(rows: Sequence[paper.Row]) -> str:
     head = ("", "TPU printed", "computed", "GPU printed", "computed", "ratio printed", "computed")
     body = [(what, *(text for one in each for text in cost_text.cell(one))) for what, _, each in rows]
     return page.table(head, body, right=range(1, 7))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gemma_tpu import config
 from gemma_tpu.bench import bench_file
@@ -19,6 +19,7 @@ from gemma_tpu.hardware.chips import Slice
 from gemma_tpu.planning import plan, subject
 from gemma_tpu.planning.workload import workload
 from gemma_tpu.run import metrics, runs
+from gemma_tpu.schema import Config
 
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
 PERCENTILES = ("p50", "p90", "p99")
@@ -50,7 +51,7 @@ def training(source: str, on: str | None, overrides: Sequence[str]) -> tuple[Tra
     return planned(chosen, source, place), chosen.model.path
 
 
-def planned(chosen: config.Config, source: str, place: Slice) -> Training:
+def planned(chosen: Config, source: str, place: Slice) -> Training:
     """By arithmetic, on the best mesh, micro-batches and remat where the config's own do not suit the slice."""
     from gemma_tpu.estimate import advice
     from gemma_tpu.step.job import Job
@@ -67,6 +68,7 @@ def planned(chosen: config.Config, source: str, place: Slice) -> Training:
     if place.chip.kind == "gpu":
         how += ", a GPU by its datasheet and shares of the peak that were fitted to TPU schedules"
     told = f"{source} planned for {place.name}, {how}, without start-up; {load.told}"
+    assert made.hours is not None  # the steps are known
     return Training(place, made.hours, load.tokens, False, told)
 
 
@@ -120,8 +122,11 @@ def _of_plan(path: Path, on: str | None) -> tuple[Training, str]:
         raise UserError(f"{path}: the plan did not know how long the run is: {tree.get('workload', '')}")
     if on is not None and chips.find(on).name != tree["slice"]:
         raise UserError(f"--on {on}: the plan in {path} is of {tree['slice']}")
+    hours, tokens = tree["hours"], tree.get("tokens")
+    if not _positive(hours) or not (tokens is None or _positive(tokens)):
+        raise UserError(f"{path}: hours is {hours!r} and tokens is {tokens!r}: both must be numbers above 0")
     told = f"{path}, planned ({tree.get('basis')}); {tree.get('workload', '')}"
-    return Training(chips.find(tree["slice"]), tree["hours"], tree.get("tokens"), False, told), ""
+    return Training(chips.find(str(tree["slice"])), hours, tokens, False, told), ""
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -153,12 +158,13 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
     tree = _json(path)
     if tree.get("format") == bench_file.FORMAT:  # as the bench keeps it, in place of what it says with --json
         tree = assess(bench_file.read(path), Judge({}))
+    points = [one for one in tree.get("points") or () if isinstance(one, dict)]
     on, doubts = on or tree.get("on"), tree.get("flags")  # our own bench knows where, and what to doubt
     if on is None:
         raise UserError(f"{source}: on which slice was it measured? Give --serve-on SLICE (--against-serve-on)")
     place = chips.find(on)
     if at is not None:
-        tree = _point(path, tree, at)
+        tree = _point(path, points, at)
     rate = tree.get("output_throughput")
     if not _positive(rate):
         raise UserError(f"{path}: output_throughput is {rate!r}; what `gemma-tpu bench --json` or `vllm bench serve "
@@ -166,8 +172,8 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
     failed = tree.get("failed") or 0
     told = f"{path}: {tree.get('completed', '?')} requests measured" + (f", {failed} failed" if failed else "")
     told += f", at {at} a second" if at is not None else ""
-    if len(tree.get("points") or ()) > 1:
-        told += f", the point with the most output tokens of {len(tree['points'])} (--at QPS for another)"
+    if at is None and len(points) > 1:
+        told += f", the point with the most output tokens of {len(points)} (--at QPS for another)"
     told += f"; the bench has doubts: {'; '.join(map(str, doubts))}" if doubts else ""
     load, latency = _load_of(tree), _latencies(path, tree)
     prompt_rate = rate / load.output * load.prompt if load else None
@@ -201,10 +207,9 @@ def _bound(arch: Architecture, place: Slice, load: Load, rows: int) -> float | N
     return max(rates, default=None)
 
 
-def _point(path: Path, tree: Mapping[str, Any], at: str) -> Mapping[str, Any]:
+def _point(path: Path, points: Sequence[Mapping[str, Any]], at: str) -> Mapping[str, Any]:
     """The point of a sweep that was measured at this rate."""
-    points = tree.get("points")
-    if not isinstance(points, list) or not points:
+    if not points:
         raise UserError(f"--at {at}: {path} is no sweep with points at several rates")
     found = [one for one in points if _rate(one.get("qps")) == _rate(at)]
     if len(found) != 1:
@@ -223,13 +228,14 @@ def _rate(value: Any) -> float | None:
 
 def _load_of(tree: Mapping[str, Any]) -> Load | None:
     """The mean request: as asked for, else as counted."""
-    asked = tree.get("point") or tree
-    if _positive(asked.get("input")) and _positive(asked.get("output")):
-        return Load(round(asked["input"]), round(asked["output"]))
+    asked = point if isinstance(point := tree.get("point"), dict) else tree
+    prompt, output = asked.get("input"), asked.get("output")
+    if _positive(prompt) and _positive(output):
+        return Load(round(prompt), round(output))
     done, read, written = (tree.get(key) for key in ("completed", "total_input_tokens", "total_output_tokens"))
-    if not all(map(_positive, (done, read, written))):
-        return None
-    return Load(round(read / done), max(1, round(written / done)))
+    if _positive(done) and _positive(read) and _positive(written):
+        return Load(round(read / done), max(1, round(written / done)))
+    return None
 
 
 def _latencies(path: Path, tree: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -237,7 +243,7 @@ def _latencies(path: Path, tree: Mapping[str, Any]) -> dict[str, dict[str, float
     for name in LATENCIES:
         ours, theirs = tree.get(f"{name}_ms"), "e2el" if name == "e2e" else name
         each = ours if isinstance(ours, dict) else {at: tree.get(key.format(theirs)) for at, key in VLLM.items()}
-        kept = {at: float(each[at]) for at in PERCENTILES if _positive(each.get(at))}
+        kept = {at: float(value) for at in PERCENTILES if _positive(value := each.get(at))}
         if kept:
             found[name] = kept
     if not found:
@@ -283,5 +289,5 @@ def fastest(
     return max(roomy, key=lambda one: one.output_tokens_per_s(load, rows or one.most_rows(load))), ""
 
 
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
+def _positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from gemma_tpu.costs import cost, paper
-from gemma_tpu.costs.cost import Serving, Side
+from gemma_tpu.costs.cost import Optimisation, Serving, Side, Training
 from gemma_tpu.costs.costing import Report
-from gemma_tpu.hardware.prices import Prices
-from gemma_tpu.planning.plan_text import dollars, table
+from gemma_tpu.hardware.chips import Slice
+from gemma_tpu.hardware.prices import WAYS, Prices
+from gemma_tpu.pages.columns import table
+from gemma_tpu.planning.plan_text import dollars
 
 Row = tuple[str, ...]
 
@@ -45,43 +47,34 @@ def _rows(sides: Sequence[Side], found: Sequence[tuple[str, Sequence[str]]]) -> 
 
 
 def training_rows(report: Report) -> list[Row]:
-    runs = [side.training for side in report.sides]
-    if not any(runs):
-        return []
-    ways = [report.ways(run) if run else {} for run in runs]
-    spots = [report.preempted(run) if run else None for run in runs]
-
-    def each(told) -> list[str]:
-        return [told(at) if run else "-" for at, run in enumerate(runs)]
-
-    def usd(way: str) -> list[str]:
-        return each(lambda at: _span(*ways[at][way]) if way in ways[at] else "-")
-
-    spotted = [bool(run) and "spot" in known for run, known in zip(runs, ways, strict=True)]
-    found = [
-        ("slice", each(lambda at: f"{runs[at].place.name}, {runs[at].place.chips} chips")),
-        ("hours", each(lambda at: _mark(f"{runs[at].hours:.4g}", runs[at].measured))),
-        ("accelerator-hours", each(lambda at: f"{runs[at].chip_hours:,.4g}")),
-        ("tokens of rows", each(lambda at: "-" if runs[at].tokens is None else f"{runs[at].tokens:,.0f}")),
-        ("on demand", usd("on-demand")),
-        ("spot, preemptions included", usd("spot")),
-        ("  hours paid over undisturbed", [f"x {one.factor:.3f}" if known else "-"
-                                           for one, known in zip(spots, spotted, strict=True)]),
-        ("  best time between checkpoints", [f"{one.best_checkpoint_minutes:.0f} min" if known else "-"
-                                             for one, known in zip(spots, spotted, strict=True)]),
-        ("own hardware", usd("own")),
-        ("  cheaper than on demand if used", each(lambda at: pays(runs[at].place, report.prices))),
-        ("$ per 1M tokens trained, as paid", each(lambda at: _per_million(report.sides[at]))),
-    ]  # fmt: skip
-    return _rows(report.sides, found)
+    cells = [_training_cells(report, side, side.training) if side.training else {} for side in report.sides]
+    names = dict.fromkeys(name for one in cells for name in one)
+    found = [(name, [one.get(name, "-") for one in cells]) for name in names]
+    return _rows(report.sides, found) if found else []
 
 
-def _per_million(side: Side) -> str:
-    found = side.training.usd_per_million(side.once["training"])
-    return "-" if found is None else f"{dollars(found)} ({side.way})"
+def _training_cells(report: Report, side: Side, one: Training) -> dict[str, str]:
+    """What is said of one side's run, by name."""
+    ways = report.ways(one)
+    spot = report.preempted(one) if "spot" in ways else None
+    per_million = one.usd_per_million(side.once["training"])
+    usd = {way: _span(*ways[way]) if way in ways else "-" for way in WAYS}
+    return {
+        "slice": f"{one.place.name}, {one.place.chips} chips",
+        "hours": _mark(f"{one.hours:.4g}", one.measured),
+        "accelerator-hours": f"{one.chip_hours:,.4g}",
+        "tokens of rows": "-" if one.tokens is None else f"{one.tokens:,.0f}",
+        "on demand": usd["on-demand"],
+        "spot, preemptions included": usd["spot"],
+        "  hours paid over undisturbed": "-" if spot is None else f"x {spot.factor:.3f}",
+        "  best time between checkpoints": "-" if spot is None else f"{spot.best_checkpoint_minutes:.0f} min",
+        "own hardware": usd["own"],
+        "  cheaper than on demand if used": pays(one.place, report.prices),
+        "$ per 1M tokens trained, as paid": "-" if per_million is None else f"{dollars(per_million)} ({side.way})",
+    }
 
 
-def pays(place, prices: Prices) -> str:
+def pays(place: Slice, prices: Prices) -> str:
     share = cost.utilisation_that_pays(place, prices)
     if share is None:
         return "-"
@@ -92,7 +85,8 @@ def serving_rows(report: Report) -> list[Row]:
     served = [side.serving for side in report.sides]
     if not any(served):
         return []
-    cells = [serving_cells(side.serving, side.per_million) if side.serving else {} for side in report.sides]
+    cells = [serving_cells(side.serving, side.serving.usd_per_million(side.per_hour)) if side.serving else {}
+             for side in report.sides]  # fmt: skip
     names = list(dict.fromkeys(name for one in cells for name in one))
     found = [(name, [one.get(name, "-") for one in cells]) for name in names]
     found.insert(1, ("$ an hour", ["-" if not side.hourly else f"{dollars(side.per_hour)} ({side.way})"
@@ -163,12 +157,12 @@ def repaid_lines(report: Report) -> list[str]:
         days = one.repaid_after_days(report.tokens_per_day)
         said += f" tokens, {days:,.3g} days at {report.tokens_per_day / 1e6:,g}M a day"
     lines = [said if report.tokens_per_day else f"{said} tokens"]
-    return lines + [f"p99 of {name.upper()} became worse: {a:,.4g} to {b:,.4g} ms" for name, a, b in worse(report)]
+    return lines + [f"p99 of {name.upper()} became worse: {a:,.4g} to {b:,.4g} ms" for name, a, b in worse(one)]
 
 
-def worse(report: Report) -> Iterator[tuple[str, float, float]]:
+def worse(one: Optimisation) -> Iterator[tuple[str, float, float]]:
     """What the cheaper tokens are paid for with."""
-    before, after = report.optimisation.before.latency_ms, report.optimisation.after.latency_ms
+    before, after = one.before.latency_ms, one.after.latency_ms
     for name in before:
         old, new = before[name].get("p99"), after.get(name, {}).get("p99")
         if old is not None and new is not None and new > old * 1.02:

@@ -31,9 +31,11 @@ class Report:
     @property
     def by_tokens(self) -> BreakEven | None:
         """In millions of output tokens."""
-        if len(self.sides) < 2 or any(one.per_million is None for one in self.sides):
+        if len(self.sides) < 2:
             return None
         a, b = self.sides
+        if a.per_million is None or b.per_million is None:
+            return None
         return cost.break_even(a.name, a.fixed, a.per_million, b.name, b.fixed, b.per_million)
 
     def ways(self, training: Training) -> dict[str, tuple[float, float]]:
@@ -104,7 +106,7 @@ def _crossing(found: BreakEven | None, scale: float) -> dict[str, Any] | None:
 def _side(report: Report, side: Side) -> dict[str, Any]:
     return {
         "name": side.name, "way": side.way, "once_usd": dict(side.once), "usd_per_hour": dict(side.hourly),
-        "training": side.training and _training(report, side),
+        "training": side.training and _training(report, side, side.training),
         "serving": side.serving and serving_json(side.serving, side.per_million),
         "evaluation_usd": report.evaluation(side),
         "total_usd": {
@@ -114,8 +116,8 @@ def _side(report: Report, side: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _training(report: Report, side: Side) -> dict[str, Any]:
-    one, spot = side.training, report.preempted(side.training)
+def _training(report: Report, side: Side, one: Training) -> dict[str, Any]:
+    spot = report.preempted(one)
     ways = {way: list(usd) for way, usd in report.ways(one).items()}
     return {
         "slice": one.place.name, "chips": one.place.chips, "hours": one.hours, "accelerator_hours": one.chip_hours,

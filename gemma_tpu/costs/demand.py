@@ -2,10 +2,10 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -15,27 +15,12 @@ from gemma_tpu.errors import UserError
 FOLDER = "configs/workloads"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demand:
-    kind: str
+    """What both kinds of workload say."""
+
+    kind: ClassVar[str]
     model: str
-    # training
-    config: str = "gemma4_31b_v5p8_fast.yaml"
-    tokens: float | None = None
-    row_tokens: float | None = None
-    max_seq_len: int = 4096
-    packing: bool = True
-    deadline_hours: float | None = None
-    runs: int = 1
-    # serving
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    requests_per_s: float | None = None
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    kv_bytes: int = 2
-    months: float = 1.0
-    # both
     shapes: str = "variable"
     custom_ops: str = "none"
     code: str = "this_project"
@@ -45,11 +30,35 @@ class Demand:
     pay: str = "on-demand"
 
 
-ALONE = {
-    "training": ("config", "tokens", "row_tokens", "max_seq_len", "packing", "deadline_hours", "runs"),
-    "serving": ("prompt_tokens", "output_tokens", "requests_per_s", "ttft_ms", "tpot_ms", "kv_bytes", "months"),
-}
-NEEDED = {"training": ("tokens", "row_tokens"), "serving": ("prompt_tokens", "output_tokens", "requests_per_s")}
+@dataclass(frozen=True, kw_only=True)
+class Training(Demand):
+    kind = "training"
+    config: str = "gemma4_31b_v5p8_fast.yaml"
+    tokens: float
+    row_tokens: float
+    max_seq_len: int = 4096
+    packing: bool = True
+    deadline_hours: float | None = None
+    runs: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Demand):
+    kind = "serving"
+    prompt_tokens: int
+    output_tokens: int
+    requests_per_s: float
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    kv_bytes: int = 2
+    months: float = 1.0
+
+
+KINDS: dict[str, type[Training] | type[Serving]] = {"training": Training, "serving": Serving}
+COMMON = [one.name for one in fields(Demand)]
+ALONE = {name: [one.name for one in fields(kind) if one.name not in COMMON] for name, kind in KINDS.items()}
+NEEDED = {name: [one.name for one in fields(kind) if one.default is MISSING] for name, kind in KINDS.items()}
+KEYS = ["kind", *ALONE["training"], *ALONE["serving"], *COMMON]
 WORDS = {
     "kind": ("training", "serving"), "shapes": ("fixed", "bounded", "variable"),
     "custom_ops": ("none", "cuda", "pallas"), "code": ("this_project", "pytorch", "jax"),
@@ -64,10 +73,10 @@ OTHER: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "packing": ("true or false", lambda value: isinstance(value, bool)),
     "kv_bytes": ("1 or 2", lambda value: type(value) is int and value in (1, 2)),
 }
-DEFAULTS = {one.name: one.default for one in fields(Demand) if one.default is not MISSING}
+DEFAULTS = {one.name: one.default for kind in KINDS.values() for one in fields(kind) if one.default is not MISSING}
 
 
-def load(name: str) -> Demand:
+def load(name: str) -> Training | Serving:
     """The workload of a file, the user's or a shipped one; or everything that is wrong with it."""
     path = find(FOLDER, name)
     try:
@@ -81,7 +90,14 @@ def load(name: str) -> Demand:
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise UserError("\n  ".join([f"{path}: {count}", *problems]))
-    return Demand(**given)
+    return of(given)
+
+
+def of(given: Mapping[str, Any]) -> Training | Serving:
+    """The workload that a checked mapping describes."""
+    values: dict[str, Any] = {key: int(value) if key in WHOLE and value is not None else value
+                              for key, value in given.items() if key != "kind"}  # fmt: skip
+    return KINDS[given["kind"]](**values)
 
 
 def _shipped() -> str:
@@ -99,11 +115,10 @@ def _number(value: Any) -> Any:
 
 
 def _problems(given: dict[str, Any]) -> Iterator[str]:
-    keys = [one.name for one in fields(Demand)]
     for key, value in given.items():
-        if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1)
-            yield f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(keys)}")
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, 1)
+            yield f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
         elif problem := _problem(key, value):
             yield f"{key} = {value!r}: {problem}"
     for key in ("kind", "model"):
@@ -113,7 +128,7 @@ def _problems(given: dict[str, Any]) -> Iterator[str]:
     if kind not in WORDS["kind"]:
         return
     for key in NEEDED[kind]:
-        if given.get(key) is None:
+        if key not in COMMON and given.get(key) is None:
             yield f"{key}: a {kind} workload must say it"
     other = "serving" if kind == "training" else "training"
     for key in ALONE[other]:

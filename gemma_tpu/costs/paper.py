@@ -60,7 +60,8 @@ class Cell:
 
 @cache
 def data() -> Mapping[str, Any]:
-    return yaml.safe_load(resolve("bundled:paper.yaml").read_text(encoding="utf-8"))
+    tree: dict[str, Any] = yaml.safe_load(resolve("bundled:paper.yaml").read_text(encoding="utf-8"))
+    return tree
 
 
 def shown(value: float, digits: int) -> str:
@@ -107,11 +108,14 @@ def _costs() -> dict[str, float]:
     found: dict[str, float] = {}
     listed = prices.load(SET)
     for kind, one in sides().items():
-        found[f"hour.train.{kind}"] = listed.hour(one.training.place).usd
-        found[f"hour.serve.{kind}"] = listed.hour(one.serving.place).usd
-        found[f"hours.{kind}"] = one.training.hours
+        run, short = training(kind), serving(kind, 512)
+        per_million = run.usd_per_million(one.once["training"])
+        assert per_million is not None  # its tokens are known
+        found[f"hour.train.{kind}"] = listed.hour(run.place).usd
+        found[f"hour.serve.{kind}"] = listed.hour(short.place).usd
+        found[f"hours.{kind}"] = run.hours
         found[f"train.{kind}"] = one.once["training"]
-        found[f"train_million.{kind}"] = one.training.usd_per_million(one.once["training"])
+        found[f"train_million.{kind}"] = per_million
         for prompt in (512, 4096):
             served = serving(kind, prompt)
             found[f"tokens_hour.{prompt}.{kind}"] = served.tokens_per_hour / 1e6
@@ -150,7 +154,7 @@ def _evaluation() -> dict[str, float]:
 
 def _serving() -> dict[str, float]:
     measured = data()["measured"]["serving"]
-    found = {}
+    found: dict[str, float] = {}
     for point in measured["points"]:
         if point["prompt"] == SWEEP:
             found |= {f"saturation_qps.{kind}": point[kind] / point["output"] for kind in KINDS}
@@ -179,7 +183,8 @@ def _bound(kind: str, point: Mapping[str, Any]) -> float:
 def reached(kind: str) -> float:
     """Measured throughput over the bound of `inference`, the geometric mean over its points, for a kind of chip."""
     points = data()["measured"]["serving"]["points"]
-    return math.prod(point[kind] / _bound(kind, point) for point in points) ** (1 / len(points))
+    shares: list[float] = [point[kind] / _bound(kind, point) for point in points]
+    return float(math.prod(shares) ** (1 / len(shares)))
 
 
 # --- as rows ---
@@ -193,8 +198,11 @@ def discrepancies() -> list[Discrepancy]:
     ]  # fmt: skip
 
 
-def tables() -> list[tuple[str, list[tuple[str, str, list[Cell | None]]]]]:
-    """(name, rows of (what, unit, cells of TPU, GPU and their ratio))."""
+Row = tuple[str, str, list[Cell | None]]  # what, unit, cells of TPU, GPU and their ratio
+
+
+def tables() -> list[tuple[str, list[Row]]]:
+    """By name."""
     found = []
     for table in data()["tables"]:
         rows = []

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma_tpu.data.packing import Bins, Encoded, best_fit, bucket_widths, fill, longest_first, one_each
+from gemma_tpu.data.rows import Tally
 from gemma_tpu.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -24,13 +25,22 @@ Batch = dict[str, np.ndarray]
 class Rows(Protocol):
     """What batches are made of: corpus.Prepared, or pairs, of which both pieces stay together."""
 
-    lengths: np.ndarray
-    tokens: int
-    fingerprint: int
-    pad_id: int
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def rows(self) -> int: ...  # read, kept or not
+    @property
+    def dropped(self) -> Tally: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def fingerprint(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
 
     def __len__(self) -> int: ...
-    def pieces(self, row: int) -> Sequence[Encoded]: ...
+    def pieces(self, row: int, /) -> Sequence[Encoded]: ...
+    def where(self, row: int, /) -> str: ...
 
 
 AHEAD = 2  # batches that lie on the devices before their step
@@ -43,7 +53,8 @@ class BatchIterator(Iterator[Any]):
 
     def __init__(self, loader: "Loader", place: Callable[[Batch], Any] | None):
         self._loader, self._place, self._plan = loader, place, loader.plan
-        self._next, self._iterator = 0, None
+        self._next = 0
+        self._iterator: Any = None  # grain's, which has no types
 
     def __next__(self) -> Any:
         if self._iterator is None:

@@ -10,11 +10,11 @@ import hashlib
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from gemma_tpu.data.selection import Chosen, choose
 from gemma_tpu.data.tokens import Tokens
 from gemma_tpu.data.workers import Pool, cores
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import DataConfig
 
 LANE = 128  # a recommended length is a multiple of the TPU's lane width
 WORTH_KEEPING = 0.995  # the share of rows that the recommended length holds
@@ -35,24 +36,6 @@ ALONE = 3.0  # seconds of work in this process before others are started: about 
 SAID_EVERY = 10.0  # seconds
 
 Path_ = str | Sequence[str]
-
-
-class Section(Protocol):
-    """The data section of the config, as far as it concerns this module."""
-
-    path: Path_
-    weights: Sequence[float] | None
-    format: str
-    columns: Mapping[str, str]
-    transform: str | Sequence[str] | None
-    strict: bool
-    validation: Path_ | float | None
-    max_seq_len: int
-    train_on: str
-    overlong: str
-    limit: int | None
-    cache: str | None
-    workers: int | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ class Prepared:
     @cached_property
     def fingerprint(self) -> int:
         """Of the tokenised rows: a resumed run must see the rows that it was started on."""
-        return zlib.crc32(np.ascontiguousarray(self.hash_N), zlib.crc32(np.ascontiguousarray(self.lengths)))
+        return zlib.crc32(np.ascontiguousarray(self.hash_N).data, zlib.crc32(np.ascontiguousarray(self.lengths).data))
 
     def where(self, row: int) -> str:
         """`train.jsonl:17`, the line that kept row `row` came from."""
@@ -168,17 +151,18 @@ class Prepared:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in table)
 
 
-def prepare(section: Section, tokenizer: Tokenizer, path: Path_ | float | None = None, side: str = "") -> Prepared:
+def prepare(section: DataConfig, tokenizer: Tokenizer, path: Path_ | float | None = None, side: str = "") -> Prepared:
     """Reads and tokenises data.path, less the share that data.validation holds out.
 
     `path` asks for the held-out rows instead: the value of data.validation. Rows of their own are read under the same
     rules, without data.limit and data.weights, which are about training rows. `side` (chosen, rejected) is for
     preference pairs.
     """
-    own = path is None or isinstance(path, float)
-    if not own:
+    if path is None or isinstance(path, float):
+        files = files_of(section)
+    else:
         section = replace(section, limit=None, weights=None, validation=None)
-    files = files_of(section, None if own else path)
+        files = files_of(section, path)
     found = _tokenised(section, tokenizer, files, side)
     account = found.account
     if section.strict:
@@ -200,7 +184,7 @@ def prepare(section: Section, tokenizer: Tokenizer, path: Path_ | float | None =
     return _laid_out(section, tokenizer, files, found, chosen, dropped, rows=chosen.considered + left)
 
 
-def _laid_out(section: Section, tokenizer: Tokenizer, files: list[DataFile], found: Tokens, chosen: Chosen,
+def _laid_out(section: DataConfig, tokenizer: Tokenizer, files: list[DataFile], found: Tokens, chosen: Chosen,
               dropped: Tally, rows: int) -> Prepared:  # fmt: skip
     offsets = np.cumsum(found.lengths) - found.lengths
     kept = chosen.rows
@@ -216,7 +200,7 @@ def _laid_out(section: Section, tokenizer: Tokenizer, files: list[DataFile], fou
 # --- tokenising, once ---
 
 
-def _tokenised(section: Section, tokenizer: Tokenizer, files: list[DataFile], side: str) -> Tokens:
+def _tokenised(section: DataConfig, tokenizer: Tokenizer, files: list[DataFile], side: str) -> Tokens:
     """From the cache where it has them, else by all cores, and kept for the next start."""
     names = transforms.names_of(section.transform)
     settings = Settings(dict(section.columns), names, section.train_on, side)
@@ -278,7 +262,7 @@ def _names(files: Sequence[DataFile]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more files" if len(names) > 5 else "")
 
 
-def _refuse_empty(section: Section, names: str, found: Tokens, dropped: Tally) -> None:
+def _refuse_empty(section: DataConfig, names: str, found: Tokens, dropped: Tally) -> None:
     """By the rule that emptied it."""
     rows, counts = found.account.rows, dropped.counts
     if counts["no_target"] == rows:
@@ -293,7 +277,7 @@ def _refuse_empty(section: Section, names: str, found: Tokens, dropped: Tally) -
     raise UserError(f"{names}: none of the {rows:,} rows is left to train on; dropped:\n{reasons}")
 
 
-def _nothing_to_train(section: Section, account: Account) -> str:
+def _nothing_to_train(section: DataConfig, account: Account) -> str:
     """Two different mistakes end in an empty loss mask: rows without answers, and a mask that misses them."""
     rule = f"data.train_on={section.train_on} trains "
     rule += {"all": "every token but the first", "last_assistant": "the last assistant turn"}.get(

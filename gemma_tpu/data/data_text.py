@@ -1,5 +1,7 @@
 """The figures of a corpus as the command `data` prints them: how long the rows are, what each layout would waste."""
 
+from typing import Any
+
 import numpy as np
 
 from gemma_tpu.data.corpus import Prepared
@@ -16,7 +18,7 @@ def histogram(rows: Prepared, bins: int = BINS) -> tuple[list[int], list[int]]:
     return edges, counts.tolist()
 
 
-def figures(rows: Prepared) -> dict:
+def figures(rows: Prepared) -> dict[str, Any]:
     """What --json prints of one corpus."""
     edges, counts = histogram(rows)
     return {**rows.to_dict(), "histogram": {"edges": edges, "counts": counts}}

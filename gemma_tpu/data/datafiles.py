@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qsl
 
 from gemma_tpu.assets import resolve
@@ -39,23 +39,25 @@ class DataFile:
 
     def open(self) -> BinaryIO:
         try:
-            if self.source is not None:
-                stream = io.BufferedReader(_Ranges(self.source, self.name, self.size), BUFFER)
-            else:
-                stream = open(self.where, "rb")
+            stream = open(self.where, "rb") if self.source is None else self._remote(self.source)
         except OSError as error:
             raise UserError(f"{self.where}: cannot be read: {error.strerror}") from None
-        return _Gzip(fileobj=stream) if self.name.endswith(".gz") else stream
+        return cast(BinaryIO, _Gzip(stream)) if self.name.endswith(".gz") else stream
+
+    def _remote(self, source: Source) -> BinaryIO:
+        return io.BufferedReader(_Ranges(source, self.name, self.size), BUFFER)
 
 
 class _Gzip(gzip.GzipFile):
     """Closes what it reads from."""
 
+    def __init__(self, under: BinaryIO):
+        self._under = under
+        super().__init__(fileobj=under)
+
     def close(self) -> None:
-        under = self.fileobj
         super().close()
-        if under is not None:
-            under.close()
+        self._under.close()
 
 
 class _Ranges(io.RawIOBase):
@@ -77,9 +79,10 @@ class _Ranges(io.RawIOBase):
         self._at = offset + (0, self._at, self._size)[whence]
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
-        self._source.read_into(self._name, self._at, memoryview(buffer)[:count])
+    def readinto(self, buffer: Any) -> int:  # whatever has memory; that type has a name from Python 3.12 on
+        view = memoryview(buffer)
+        count = max(0, min(len(view), self._size - self._at))
+        self._source.read_into(self._name, self._at, view[:count])
         self._at += count
         return count
 
@@ -161,7 +164,7 @@ def _remote(url: str, origin: int) -> list[DataFile]:
     if not found and not pattern:
         source = BucketSource(url)
         found = [file for file in source.list(recursive=True).values() if kind_of(file.name)]
-    if not found:
+    if source is None or not found:
         raise UserError(f"{url}: no data file of that name")
     return [
         DataFile(f"{source.where}/{file.name}", file.name, kind_of(file.name) or "jsonl",

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 BOLD, GREEN, DIM, RESET = "\x1b[1m", "\x1b[32m", "\x1b[36m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"  # around trained text where there are no colours
 
 
 class Decoder(Protocol):
-    stop_ids: Sequence[int]
-
+    @property
+    def stop_ids(self) -> Sequence[int]: ...
     def decode(self, ids: list[int], skip_special: bool = False) -> str: ...
 
 
@@ -41,7 +43,9 @@ class Turn:
         return f"{self.tokens:,} tokens, {self.trained:,} trained"
 
 
-def turns(ids: Sequence[int], mask: Sequence[bool], tokenizer: Decoder) -> list[Turn]:
+def turns(
+    ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray, tokenizer: Decoder
+) -> list[Turn]:
     """The row cut where a turn has ended and a special token begins the next."""
     special: dict[int, bool] = {}
     runs: list[list[tuple[list[int], bool, bool]]] = [[]]

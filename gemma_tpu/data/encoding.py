@@ -40,7 +40,7 @@ class Settings:
 
     columns: dict[str, str]
     transforms: tuple[str, ...]
-    train_on: str
+    train_on: TrainOn
     side: str = ""  # of preference pairs: which answer
 
 
@@ -48,13 +48,13 @@ class Settings:
 class Encoded:
     """The rows of a chunk end to end, and the account of those that are not among them."""
 
-    ids: array = field(default_factory=lambda: array("i"))
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
     mask: bytearray = field(default_factory=bytearray)
-    lengths: array = field(default_factory=lambda: array("q"))
-    targets: array = field(default_factory=lambda: array("q"))
-    files: array = field(default_factory=lambda: array("i"))
-    lines: array = field(default_factory=lambda: array("q"))
-    hashes: array = field(default_factory=lambda: array("Q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    targets: "array[int]" = field(default_factory=lambda: array("q"))
+    files: "array[int]" = field(default_factory=lambda: array("i"))
+    lines: "array[int]" = field(default_factory=lambda: array("q"))
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
     account: Account = field(default_factory=Account)
 
     def add(self, row: Row, ids: list[int], mask: list[bool]) -> None:

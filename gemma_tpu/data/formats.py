@@ -36,12 +36,16 @@ USED = {
 COLUMNS = sorted(set().union(*USED.values()))  # what data.columns can give
 
 
+Record = dict[str, Any]
+Tool = dict[str, Any]  # a declaration of a function, as chat templates read it
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Turns for the chat template. Roles: system, user, assistant, tool."""
 
     messages: list[Message]
-    tools: list[dict] | None = None
+    tools: list[Tool] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Preference:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    tools: list[dict] | None = None
+    tools: list[Tool] | None = None
 
 
 Parsed = Conversation | Text | Preference
@@ -129,17 +133,18 @@ def read(record: dict[str, Any], form: str, said: Counter[str]) -> Parsed:
     return _pairs(record, form, tools, said)
 
 
-def _sharegpt(record: dict, tools: list[dict] | None, said: Counter[str]) -> Conversation:
+def _sharegpt(record: Record, tools: list[Tool] | None, said: Counter[str]) -> Conversation:
     turns = _turns(record, ("conversations", "conversation"))
     system = [_turn("system", record["system"], "'system'")] if record.get("system") else []
     return Conversation(system + read_turns(from_share(turns, said), said), tools)
 
 
-def _pairs(record: dict, form: str, tools: list[dict] | None, said: Counter[str]) -> Conversation:
+def _pairs(record: Record, form: str, tools: list[Tool] | None, said: Counter[str]) -> Conversation:
     """Columns: one question and its answer, with Alpaca's earlier pairs where there are any."""
     messages = [_turn("system", record["system"], "'system'")] if record.get("system") is not None else []
     if form == "alpaca":
-        for pair in record.get("history") or []:
+        history = record.get("history") or []
+        for pair in history if isinstance(history, list) else [history]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RowFault("wrong_format", "'history' is not a list of [question, answer]")
             messages += [_turn("user", pair[0], "'history'"), _turn("assistant", pair[1], "'history'")]
@@ -155,7 +160,7 @@ def _pairs(record: dict, form: str, tools: list[dict] | None, said: Counter[str]
     return Conversation(messages, tools)
 
 
-def _preference(record: dict, said: Counter[str]) -> Preference:
+def _preference(record: Record, said: Counter[str]) -> Preference:
     system = [_turn("system", record["system"], "'system'")] if record.get("system") is not None else []
     given = record.get("prompt")
     prompt = [] if given is None else _side(given, "user", "prompt", said)
@@ -190,7 +195,7 @@ def _turn(role: str, value: object, what: str) -> Message:
     return {"role": role, "content": text_of(value, what)}
 
 
-def _turns(record: dict, columns: tuple[str, ...]) -> list:
+def _turns(record: Record, columns: tuple[str, ...]) -> list[Any]:
     found = next((column for column in columns if record.get(column) is not None), columns[0])
     turns = _maybe_json(record.get(found))
     if not isinstance(turns, list):
@@ -198,7 +203,7 @@ def _turns(record: dict, columns: tuple[str, ...]) -> list:
     return turns
 
 
-def _tools(value: object) -> list[dict] | None:
+def _tools(value: object) -> list[Tool] | None:
     """Declarations of functions, as a list or as its JSON text (Parquet has no free-form columns)."""
     tools = _maybe_json(value)
     if tools is None or tools == [] or tools == "":
@@ -217,7 +222,7 @@ def _maybe_json(value: object) -> object:
     return as_json(value, "a column") if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
 
 
-def _column(record: dict, name: str) -> object:
+def _column(record: Record, name: str) -> object:
     if record.get(name) is None:
         raise RowFault("wrong_format", f"{name!r} is missing; has {', '.join(record) or 'nothing'}")
     return record[name]

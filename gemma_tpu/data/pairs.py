@@ -15,8 +15,9 @@ import numpy as np
 from gemma_tpu.data.encoding import THOUGHTS_LOST
 from gemma_tpu.data.formats import Preference
 from gemma_tpu.data.packing import Encoded
-from gemma_tpu.data.rows import Reader, Row, RowFault, Tally
+from gemma_tpu.data.rows import Reader, Row, Tally
 from gemma_tpu.data.tokenizer import Tokenizer
+from gemma_tpu.data.turns import Message, RowFault
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import DataConfig
 
@@ -60,15 +61,15 @@ class PairRows:
             self.dropped.add("overlong", row.place.text)
 
     def _encoded(self, parsed: Preference) -> Pair:
-        sides = []
-        for answer in (parsed.chosen, parsed.rejected):
+        def side(answer: list[Message]) -> Encoded:
             found = self._tokenizer.row(parsed.prompt + answer, self._train_on, tools=parsed.tools)
             if not any(found.mask[1:]):
                 raise RowFault("no_target", "no token of an answer is trained")
             if found.lost:
                 self.account.said[THOUGHTS_LOST] += found.lost
-            sides.append((np.asarray(found.ids, np.int32), np.asarray(found.mask, bool)))
-        return tuple(sides)
+            return np.asarray(found.ids, np.int32), np.asarray(found.mask, bool)
+
+        return side(parsed.chosen), side(parsed.rejected)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -99,7 +100,7 @@ class PairRows:
         found = 0
         for pair in self.pairs:
             for ids, mask in pair:
-                found = zlib.crc32(mask, zlib.crc32(ids, found))
+                found = zlib.crc32(mask.data, zlib.crc32(ids.data, found))
         return found
 
     def report(self) -> str:

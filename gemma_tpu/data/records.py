@@ -31,7 +31,7 @@ class Fault:
     detail: str
 
 
-Raw = bytes | dict | Fault
+Raw = bytes | dict[str, Any] | Fault
 Placed = tuple[int, Raw]  # the line (JSONL, CSV) or the number of the row, from 1
 
 
@@ -92,7 +92,7 @@ def _object(file: DataFile) -> Iterator[Placed]:
         yield number, _item(item)
 
 
-def _wrapped(whole: object) -> list | None:
+def _wrapped(whole: object) -> list[Any] | None:
     """The rows of {"data": [...]}: an object whose only value is a list of objects."""
     if isinstance(whole, dict) and len(whole) == 1:
         (key, value), = whole.items()
@@ -166,7 +166,7 @@ def _csv(file: DataFile) -> Iterator[Placed]:
             raise UserError(f"{file.where}: not CSV at line {reader.line_num + 1}: {error}") from None
 
 
-def _row(row: dict[str | None, Any]) -> Raw:
+def _row(row: dict[str | Any, Any]) -> Raw:
     """Cells that are there and not empty; a row of another width than the header is one that broke."""
     if None in row:
         return Fault("wrong_columns", f"it has {len(row.pop(None))} more cells than the header")
@@ -203,7 +203,9 @@ def _hub(file: DataFile) -> Iterator[Placed]:
                         "'gemma_tpu[datasets]'; a file needs none: hf://datasets/org/name/file.jsonl") from None
     from urllib.parse import parse_qsl
 
-    repo, revision, options = HUB.fullmatch(file.where.rstrip("/")).groups()
+    named = HUB.fullmatch(file.where.rstrip("/"))
+    assert named is not None, "only a name of this form is read from the hub"
+    repo, revision, options = named.groups()
     chosen = dict(parse_qsl(options or ""))
     commit = file.identity.rpartition(" ")[2] or revision  # a push meanwhile changes nothing
     try:

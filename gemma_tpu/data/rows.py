@@ -9,29 +9,18 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from gemma_tpu.data import formats, transforms
 from gemma_tpu.data.datafiles import DataFile, expand
 from gemma_tpu.data.formats import Conversation, Message, Parsed, Preference, RowDropped, RowFault, Text
 from gemma_tpu.data.records import Fault, Raw, records
 from gemma_tpu.errors import UserError
-from gemma_tpu.schema import FORMATS, TRANSFORMS
+from gemma_tpu.schema import FORMATS, TRANSFORMS, DataConfig
 
 SHOWN = 5  # places named for each reason; a million bad lines must not be a million lines of report
 LOOKED_AT = 50  # records that a file's format is looked for in
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 20  # what is handed to a process at a time
-
-
-class Section(Protocol):
-    """The data section of the config, as far as it concerns the reading of rows."""
-
-    path: str | Sequence[str]
-    format: str
-    columns: Mapping[str, str]
-    transform: str | Sequence[str] | None
-    strict: bool
-    limit: int | None
 
 
 @dataclass
@@ -125,12 +114,15 @@ class Place:
     text: str
 
 
+Record = Raw | list[Raw]  # a list is a trajectory: one message a record
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some records of one format, in order."""
 
     form: str
-    records: list[tuple[Place, Raw | list]]
+    records: list[tuple[Place, Record]]
 
 
 @dataclass(frozen=True)
@@ -170,8 +162,8 @@ class Converter:
             except RowFault as fault:
                 account.fault(fault, place.text)
 
-    def _parsed(self, raw: Raw | list, form: str, place: Place, account: Account) -> Parsed:
-        if isinstance(raw, list):  # a trajectory: one message a record
+    def _parsed(self, raw: Record, form: str, place: Place, account: Account) -> Parsed:
+        if isinstance(raw, list):
             record = {"messages": [parse(item) for item in raw]}
         else:
             record = formats.rename(parse(raw), self.columns, account.said)
@@ -194,20 +186,21 @@ class Converter:
         for name, transform in self.transforms:
             before = Counter(m["role"] for m in messages)
             try:
-                messages = transform(messages)
+                found = transform(messages)
             except (RowFault, UserError):
                 raise
             except Exception as error:  # the user's own code, on a row that it did not expect
                 told = f"{type(error).__name__}: {error}"
                 raise UserError(f"data.transform {name} failed on {place.text}: {told}") from error
-            if messages is None:
+            if found is None:
                 raise RowDropped(f"dropped_by_{name}", "")
-            if not isinstance(messages, list) or not all(
+            if not isinstance(found, list) or not all(
                 isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | dict)
-                for m in messages
+                for m in found
             ):
                 raise UserError(f"data.transform {name} must give a list of messages with role and content, or None; "
-                                f"for {place.text} it gave {str(messages)[:80]!r}")  # fmt: skip
+                                f"for {place.text} it gave {str(found)[:80]!r}")  # fmt: skip
+            messages = found
             for role, count in (before - Counter(m["role"] for m in messages)).items():
                 said[f"{role} turns left out by data.transform={name}"] += count
         return messages
@@ -216,7 +209,7 @@ class Converter:
 class Reader:
     """Iterates the rows of a data section, first to last, without a tokenizer."""
 
-    def __init__(self, section: Section, path: str | Sequence[str] | None = None, limit: int | None = None):
+    def __init__(self, section: DataConfig, path: str | Sequence[str] | None = None, limit: int | None = None):
         self.account = Account()
         self._section, self._limit = section, limit or section.limit
         self._files = files_of(section, path)
@@ -229,7 +222,7 @@ class Reader:
             self.account.raise_refused()
 
 
-def files_of(section: Section, path: str | Sequence[str] | None = None) -> list[DataFile]:
+def files_of(section: DataConfig, path: str | Sequence[str] | None = None) -> list[DataFile]:
     """The files of data.path (or of `path`), after the settings that concern them have been checked."""
     if section.format not in FORMATS:
         raise UserError(f"data.format is {section.format!r}: it must be one of {', '.join(FORMATS)}")
@@ -242,17 +235,18 @@ def files_of(section: Section, path: str | Sequence[str] | None = None) -> list[
     return expand(section.path if path is None else path, "data.path" if path is None else "data.validation")
 
 
-def form_of(section: Section) -> str:
+def form_of(section: DataConfig) -> str:
     """The format of the first row, named or detected."""
     return next((chunk.form for chunk in chunks(files_of(section), section, 1, Account())), section.format)
 
 
 def chunks(
-    files: Sequence[DataFile], section: Section, limit: int | None, account: Account, each: bool = False
+    files: Sequence[DataFile], section: DataConfig, limit: int | None, account: Account, each: bool = False
 ) -> Iterator[Chunk]:
     """The records of all files in order, in chunks of one format each; blank lines are counted in `account`. The limit
     is one for all files, or with `each` one for every entry of data.path."""
-    form, held, size, left = "", [], 0, limit
+    held: list[tuple[Place, Record]] = []
+    form, size, left = "", 0, limit
     for number, file in enumerate(files):
         if each and number and file.origin != files[number - 1].origin:
             left = limit
@@ -276,10 +270,10 @@ def chunks(
         yield Chunk(form, held)
 
 
-def _formed(file: DataFile, section: Section, account: Account) -> tuple[str, Iterable[tuple[int, Any]]]:
+def _formed(file: DataFile, section: DataConfig, account: Account) -> tuple[str, Iterable[tuple[int, Any]]]:
     """The file's format, named or found in its first records, and its records without blank lines."""
     items = _filled(records(file), account)
-    form = section.format
+    form: str = section.format
     if form == "auto":
         head = list(itertools.islice(items, LOOKED_AT))
         items = itertools.chain(head, items)
@@ -311,7 +305,7 @@ def _detect(file: DataFile, head: list[tuple[int, Raw]], columns: Mapping[str, s
     ]))  # fmt: skip
 
 
-def parse(raw: Raw) -> dict:
+def parse(raw: Raw) -> dict[str, Any]:
     """A record as a mapping."""
     if isinstance(raw, Fault):
         raise RowFault(raw.reason, raw.detail)

@@ -6,9 +6,8 @@ keeps its side when others are added.
 Shapes: N rows that are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from gemma_tpu.data.datafiles import DataFile
 from gemma_tpu.data.rows import SHOWN, Tally
 from gemma_tpu.data.tokens import Tokens
 from gemma_tpu.errors import UserError
+from gemma_tpu.schema import DataConfig
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,12 @@ class Chosen:
     notes: list[str]
 
 
-def choose(section: Any, found: Tokens, files: Sequence[DataFile], share: float | None, held_out: bool) -> Chosen:
+def choose(
+    section: DataConfig, found: Tokens, files: Sequence[DataFile], share: float | None, held_out: bool
+) -> Chosen:
     """The rows of one side: of the training rows, or of the share that is held out."""
-    dropped, notes = Tally(), []
+    dropped = Tally()
+    notes: list[str] = []
     side_N = np.ones(len(found.lengths), bool)
     if share is not None:
         side_N = _split(found, share, held_out, notes)
@@ -55,7 +58,7 @@ def _split(found: Tokens, share: float, held_out: bool, notes: list[str]) -> np.
 
 
 def _short_enough(
-    section: Any, found: Tokens, files: Sequence[DataFile], rows: np.ndarray, dropped: Tally, notes: list[str]
+    section: DataConfig, found: Tokens, files: Sequence[DataFile], rows: np.ndarray, dropped: Tally, notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """data.overlong: the rows that stay, their lengths and their targets."""
     most = section.max_seq_len
@@ -85,7 +88,7 @@ def _short_enough(
 
 
 def _mixed(
-    section: Any, found: Tokens, files: Sequence[DataFile], rows: np.ndarray, dropped: Tally, notes: list[str]
+    section: DataConfig, found: Tokens, files: Sequence[DataFile], rows: np.ndarray, dropped: Tally, notes: list[str]
 ) -> np.ndarray:
     """The largest mixture in the shares of data.weights that repeats no row; which of `rows` are in it."""
     weights = np.array(section.weights, float)
@@ -112,8 +115,9 @@ def _mixed(
 
 
 def _count(
-    dropped: Tally, reason: str, found: Tokens, files: Sequence[DataFile], rows: np.ndarray, detail: Any
-) -> None:
+    dropped: Tally, reason: str, found: Tokens, files: Sequence[DataFile], rows: np.ndarray,
+    detail: Callable[[int], str],
+) -> None:  # fmt: skip
     for row in rows[:SHOWN].tolist():
         dropped.add(reason, f"{files[found.files[row]].name}:{found.lines[row]}", detail(row))
     if len(rows) > SHOWN:

@@ -37,7 +37,7 @@ class Words:
     def stop_at(self, text: str) -> bool:
         """Does `text` begin with a stop token?"""
         found = self.pattern.match(text)
-        return bool(found) and self.special[found[0]] in self.stops
+        return found is not None and self.special[found[0]] in self.stops
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -285,7 +285,7 @@ class _Walk:
                     self._refuse_end(n)
                 self.pending.append(n)
             elif self.slots[atom.slot].message == self.i:
-                last = self._speak(n, last)
+                last = self._speak(n, self.slots[atom.slot].key, last)
             elif last == "response":  # the turn was over: these words open the next one
                 return self.found
             else:
@@ -295,8 +295,7 @@ class _Walk:
             self._refuse_end(self.pending[0] if self.pending else len(self.atoms))
         return self.found
 
-    def _speak(self, n: int, last: str) -> str:
-        key = self.slots[self.atoms[n].slot].key
+    def _speak(self, n: int, key: str, last: str) -> str:
         explained = last or self.messages[self.i].get("tool_calls")
         if key == "content" and self.pending and (not explained or last == "response"):
             text = "".join(self.atoms[at].text for at in self.pending)

@@ -95,7 +95,8 @@ class Tokenizer:
         return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return text
 
     def prompt(self, messages: Messages, *, tools: Tools = None, thinking: bool = False) -> list[int]:
         """What a server feeds the model for its next answer: one BOS, the turns, the generation prompt."""
@@ -208,10 +209,11 @@ class Tokenizer:
             )
         options = {"enable_thinking": True} if thinking else {}  # off is what a server does that is told nothing
         try:
-            return self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 messages, tools=list(tools) if tools else None, tokenize=False,
                 add_generation_prompt=add_generation_prompt, **options,
             )  # fmt: skip
+            return text
         except (TemplateError, TypeError, KeyError, AttributeError) as error:  # a template can raise all four
             raise UserError(f"{self.folder}: the chat template refuses the conversation: {error}") from error
 
@@ -221,8 +223,9 @@ class Tokenizer:
         return [self.bos_id, *ids]
 
     def _pad_id(self) -> int:
-        if self._tokenizer.pad_token_id is not None:
-            return self._tokenizer.pad_token_id
+        declared: int | None = self._tokenizer.pad_token_id
+        if declared is not None:
+            return declared
         if self.eos_id is None:
             raise UserError(f"{self.folder}/tokenizer_config.json: it sets neither pad_token nor eos_token")
         return self.eos_id
@@ -243,12 +246,12 @@ class Tokenizer:
         added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()
                  if token.special or number in self.stop_ids}  # fmt: skip
         config = _read_json(self.folder / "tokenizer_config.json")
-        named = (config.get("str_token"), config.get("etr_token"))
+        named: tuple[str, str] = (config.get("str_token", ""), config.get("etr_token", ""))
         response = next((pair for pair in (named, RESPONSE) if all(text in added for text in pair)), None)
         return Words(added, self.stop_ids, response)
 
 
-def _load(folder: Path):
+def _load(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json there; name a checkpoint folder that has its tokenizer")
     from transformers import PreTrainedTokenizerFast  # seconds cheaper to import than AutoTokenizer
@@ -264,7 +267,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy it anew from the checkpoint") from error
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def _fill(folder: Path, results: Iterable[Encoded]) -> tuple[Account, dict[str, 
         for encoded in results:
             account.merge(encoded.account)
             for name, values in arrays(encoded).items():
-                streams[name].write(values)
+                streams[name].write(values.data)
                 sizes[name] += len(values)
         for stream in streams.values():
             stream.flush()
@@ -155,17 +156,17 @@ def _clear_abandoned(root: Path) -> None:
                 os.close(lock)
 
 
-def _map(path: Path, dtype: type) -> np.ndarray:
+def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _plain(account: Account) -> dict:
+def _plain(account: Account) -> dict[str, Any]:
     plain = {one.name: getattr(account, one.name) for one in fields(account)}
     return {name: vars(value) if isinstance(value, Tally) else value for name, value in plain.items()}
 
 
-def _account(plain: dict) -> Account:
-    def tally(one: dict) -> Tally:
+def _account(plain: dict[str, Any]) -> Account:
+    def tally(one: dict[str, Any]) -> Tally:
         places = {reason: [(place, detail) for place, detail in found] for reason, found in one["places"].items()}
         return Tally(Counter(one["counts"]), places)
 

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from gemma_tpu.data.turns import Message, RowDropped
 from gemma_tpu.errors import UserError
@@ -63,17 +64,29 @@ def load(name: str) -> Transform:
     module = _module(name, module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"data.transform {name}: {module.__file__} has no function {function_name}")
-    return function
+        where = _file(module) or module_name
+        raise UserError(f"data.transform {name}: {where} has no function {function_name}")
+    chosen: Transform = function
+    return chosen
 
 
 def identity(name: str) -> str:
     """Changes when the code does: the whole file of the function, since its helpers shape the rows too."""
-    source = Path(inspect.getsourcefile(load(name)) or "")
+    try:
+        file = inspect.getsourcefile(load(name))
+    except TypeError:  # a partial, say, is written nowhere: the file that gives it its name
+        file = _file(_module(name, name.rpartition(":")[0]))
+    source = Path(file or "")
     return hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else name
 
 
-def _module(name: str, module_name: str) -> object:
+def _file(module: ModuleType) -> str | None:
+    """What is built into Python has none."""
+    file: str | None = getattr(module, "__file__", None)
+    return file
+
+
+def _module(name: str, module_name: str) -> ModuleType:
     try:
         if not module_name.endswith(".py"):
             return _imported(module_name)
@@ -81,6 +94,7 @@ def _module(name: str, module_name: str) -> object:
         if not path.is_file():
             raise UserError(f"data.transform {name}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None, "every name that ends with .py has a loader"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -91,7 +105,7 @@ def _module(name: str, module_name: str) -> object:
                         f"{type(error).__name__}: {error}") from None  # fmt: skip
 
 
-def _imported(module_name: str) -> object:
+def _imported(module_name: str) -> ModuleType:
     """Modules of the working folder count too: an installed command does not look there by itself."""
     here = os.getcwd()
     sys.path.insert(0, here)

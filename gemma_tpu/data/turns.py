@@ -31,7 +31,7 @@ class RowDropped(RowFault):
     """The row is well formed, and a rule of the user's own leaves it out: never fatal, always counted."""
 
 
-def read_turns(turns: list, said: Counter[str]) -> list[Message]:
+def read_turns(turns: list[Any], said: Counter[str]) -> list[Message]:
     """The messages of a conversation; a result of a tool stands after the call that it answers."""
     messages: list[Message] = []
     for index, turn in enumerate(turns):
@@ -50,9 +50,9 @@ def read_turns(turns: list, said: Counter[str]) -> list[Message]:
     return messages
 
 
-def from_share(turns: list, said: Counter[str]) -> list[Message]:
+def from_share(turns: list[Any], said: Counter[str]) -> list[Message]:
     """ShareGPT's turns as messages; both namings may be mixed."""
-    found = []
+    found: list[Message] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not ({"from", "role"} & turn.keys()):
             raise RowFault("wrong_format", f'turn {index} is not {{"from": …, "value": …}}')
@@ -85,10 +85,10 @@ def text_of(content: object, what: str) -> str:
     return content
 
 
-def as_json(text: object, what: str) -> Any:
+def as_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowFault("not_JSON", f"{what} is not JSON: {error}") from None
 
 
@@ -115,7 +115,7 @@ def _read_turn(turn: object, what: str, said: Counter[str]) -> list[Message]:
     return [message | _extras(turn, message["role"], what, said)]
 
 
-def _extras(turn: dict, role: str, what: str, said: Counter[str]) -> Message:
+def _extras(turn: dict[Any, Any], role: str, what: str, said: Counter[str]) -> Message:
     """All but role and content."""
     extras: Message = {}
     if "weight" in turn:
@@ -142,7 +142,7 @@ def _extras(turn: dict, role: str, what: str, said: Counter[str]) -> Message:
     return extras
 
 
-def _parts(message: Message, parts: list, what: str) -> list[Message]:
+def _parts(message: Message, parts: list[Any], what: str) -> list[Message]:
     """Content in parts, with calls and results among them. Results go before the text of a turn: they answer the
     call in the turn before it."""
     texts, calls, thoughts, results = [], [], [], []
@@ -169,9 +169,10 @@ def _parts(message: Message, parts: list, what: str) -> list[Message]:
     return results if results and not content.strip() else [*results, message | {"content": content}]
 
 
-def _call(call: object, what: str) -> dict:
+def _call(call: object, what: str) -> dict[str, Any]:
     """One call with its arguments as an object: as text, templates would write JSON inside their own markers."""
-    inner = call.get("function", call) if isinstance(call, dict) else None
+    outer = call if isinstance(call, dict) else {}
+    inner = outer.get("function", call)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise RowFault("wrong_tool_call", f"{what} has a tool call without a name")
     arguments = inner.get("arguments")
@@ -183,10 +184,10 @@ def _call(call: object, what: str) -> dict:
         raise RowFault("wrong_tool_call", f"{what}: the arguments of {inner['name']} are not an object")
     _check_encodes([inner["name"], arguments], what)
     found: dict[str, Any] = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    return found | ({"id": str(call["id"])} if call.get("id") else {})
+    return found | ({"id": str(outer["id"])} if outer.get("id") else {})
 
 
-def _list(value: object, what: str) -> list:
+def _list(value: object, what: str) -> list[Any]:
     value = as_json(value, what) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise RowFault("wrong_tool_call", f"{what}: tool_calls is not a list")

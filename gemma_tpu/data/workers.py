@@ -37,22 +37,21 @@ class Pool:
 
     def __init__(self, settings: Settings, folder: Path, count: int):
         self._job, self._count = (settings, folder), count
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         # Each with whether it has said that it is ready; None stands for one that has ended.
         self._idle: queue.SimpleQueue[tuple[Connection, bool] | None] = queue.SimpleQueue()
-        self._first: Connection | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._started: tuple[Connection, ThreadPoolExecutor] | None = None  # to the first process; one for each
 
     def ready(self) -> bool:
         """Whether the first process can take a chunk; the first question starts them."""
-        if self._threads is None:
-            self._start()
-        return self._first.poll(0)
+        first, _ = self._running()
+        return first.poll(0)
 
     def ordered(self, chunks: Iterable[Chunk]) -> Iterator[Encoded]:
         under_way: deque[Future[Encoded]] = deque()
+        _, threads = self._running()
         for chunk in chunks:
-            under_way.append(self._threads.submit(self._ask, chunk))
+            under_way.append(threads.submit(self._ask, chunk))
             if len(under_way) > AHEAD * self._count:
                 yield under_way.popleft().result()
         while under_way:
@@ -60,36 +59,41 @@ class Pool:
 
     def close(self) -> None:
         """Ends the processes, also in the middle of their work."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        threads = None if self._started is None else self._started[1]
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
             process.wait()
         for _ in range(self._count):
             self._idle.put(None)
-        if self._threads is not None:  # each blocked read ended with its process
-            self._threads.shutdown(wait=True)
+        if threads is not None:  # each blocked read ended with its process
+            threads.shutdown(wait=True)
         while not self._idle.empty():
             taken = self._idle.get()
             if taken is not None:
                 taken[0].close()
 
-    def _start(self) -> None:
+    def _running(self) -> tuple[Connection, ThreadPoolExecutor]:
+        if self._started is None:
+            connections = [self._start() for _ in range(self._count)]
+            self._started = connections[0], ThreadPoolExecutor(self._count, "tokenise")
+        return self._started
+
+    def _start(self) -> Connection:
         root = str(Path(__file__).resolve().parents[2])
         # One thread each: the processes already fill the cores. And none of them may reach for an accelerator.
         quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-        for _ in range(self._count):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self._processes.append(subprocess.Popen(
-                    [sys.executable, "-c", _START, str(theirs.fileno()), root, *filter(None, sys.path)],
-                    pass_fds=[theirs.fileno()], env=os.environ | quiet, stdin=subprocess.DEVNULL,
-                ))  # fmt: skip
-            connection = Connection(ours.detach())
-            connection.send(self._job)
-            self._idle.put((connection, False))
-            self._first = self._first or connection
-        self._threads = ThreadPoolExecutor(self._count, "tokenise")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._processes.append(subprocess.Popen(
+                [sys.executable, "-c", _START, str(theirs.fileno()), root, *filter(None, sys.path)],
+                pass_fds=[theirs.fileno()], env=os.environ | quiet, stdin=subprocess.DEVNULL,
+            ))  # fmt: skip
+        connection = Connection(ours.detach())
+        connection.send(self._job)
+        self._idle.put((connection, False))
+        return connection
 
     def _ask(self, chunk: Chunk) -> Encoded:
         taken = self._idle.get()
@@ -108,7 +112,8 @@ class Pool:
         self._idle.put((connection, True))
         if kind == "wrong":
             raise UserError(found)
-        return found
+        rows: Encoded = found
+        return rows
 
 
 def serve(fd: int) -> None:

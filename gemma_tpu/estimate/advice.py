@@ -7,18 +7,15 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import get_args
 
 from gemma_tpu.estimate import budget, roofline
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware.chips import Slice, find, slices
 from gemma_tpu.schema import MESH_AXES, Activation, Config
-from gemma_tpu.step.job import Job
+from gemma_tpu.step.job import NAMES, Job, Policy
 
 # Close to its limit XLA recomputes on its own account and stops overlapping (seen on v5p from 10 GiB under).
 HEADROOM = 0.10
-NAMES: tuple[str, ...] = get_args(Activation)
-Policy = tuple[str, ...] | str  # the names to keep, "full" or "none"
 
 
 # --- which activations to keep ---
@@ -46,7 +43,7 @@ def fastest_policy(architecture: Architecture, job: Job, place: Slice, bias: flo
     `bias`: what an analytic peak is multiplied by, where a compiler has said more of this job.
     """
 
-    def roomy(keeps: tuple[str, ...]) -> bool:
+    def roomy(keeps: tuple[Activation, ...]) -> bool:
         peak = budget.memory(architecture, job.change(remat=_policy(keeps)), place)
         return peak.total * bias <= (1 - HEADROOM) * peak.limit
 
@@ -63,14 +60,14 @@ def fastest_policy(architecture: Architecture, job: Job, place: Slice, bias: flo
 
 
 @lru_cache(256)
-def ladder(architecture: Architecture, job: Job, slice_name: str) -> tuple[str, ...]:
+def ladder(architecture: Architecture, job: Job, slice_name: str) -> tuple[Activation, ...]:
     """The names in the order to drop them: first what costs the least time for each byte that it frees."""
     place = find(slice_name)
     every = names(job)
     whole = roofline.estimate(architecture, job.change(remat=every), place).step_s
     held = budget.saved(architecture, job.change(remat=every))
 
-    def price(name: str) -> tuple[float, float]:
+    def price(name: Activation) -> tuple[float, float]:
         rest = tuple(one for one in every if one != name)
         slower = roofline.estimate(architecture, job.change(remat=rest), place).step_s - whole
         # Of equal prices the smaller goes first: no more is dropped than must be.
@@ -79,11 +76,11 @@ def ladder(architecture: Architecture, job: Job, slice_name: str) -> tuple[str, 
     return tuple(sorted((name for name in every if held.get(name)), key=price))
 
 
-def _policy(keeps: tuple[str, ...]) -> Policy:
+def _policy(keeps: tuple[Activation, ...]) -> Policy:
     return tuple(name for name in NAMES if name in keeps) or "full"
 
 
-def names(job: Job) -> tuple[str, ...]:
+def names(job: Job) -> tuple[Activation, ...]:
     """The activations that this job has."""
     return tuple(name for name in NAMES if name != "lora_h" or job.method == "lora")
 

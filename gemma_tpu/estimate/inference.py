@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gemma_tpu.estimate import roofline
 from gemma_tpu.estimate.budget import GIB
 from gemma_tpu.estimate.serving_memory import group_sizes
-from gemma_tpu.gemma.variants import Architecture, Layer
+from gemma_tpu.gemma.variants import Architecture, Experts, Layer
 from gemma_tpu.hardware.chips import Slice
 
 USABLE = 0.90  # of HBM: what servers take for weights and cache; the rest is for activations and the runtime
@@ -128,10 +128,10 @@ def _reach(layer: Layer, context: float) -> float:
     return context if layer.window is None else min(layer.window, context)
 
 
-def _experts_touched(layer: Layer, tokens: float) -> float:
+def _experts_touched(experts: Experts, tokens: float) -> float:
     """Experts that at least one of the tokens is routed to, were each as likely as another."""
-    experts = layer.experts
-    return experts.count * (1 - (1 - experts.top_k / experts.count) ** tokens)
+    missed: float = (1 - experts.top_k / experts.count) ** tokens
+    return experts.count * (1 - missed)
 
 
 def _met(arch: Architecture) -> float:
@@ -155,7 +155,7 @@ def _weights(arch: Architecture, tokens: float) -> float:
     found = _met(arch)
     for layer in arch.layers:
         if layer.experts is not None:
-            touched = layer.experts.count if math.isinf(tokens) else _experts_touched(layer, tokens)
+            touched = layer.experts.count if math.isinf(tokens) else _experts_touched(layer.experts, tokens)
             found += (touched - layer.experts.top_k) * 3 * arch.hidden * layer.experts.mlp
     return found
 

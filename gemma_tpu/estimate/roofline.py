@@ -128,8 +128,8 @@ def _adapters(arch: Architecture, job: Job) -> float:
         if one.trains:
             block, slot = one.path.split(".")[1:3]
             experts = arch.blocks[int(block)].period[int(slot)].experts
-            routed = experts is not None and ".experts." in one.path
-            count += one.elements * (experts.top_k / experts.count if routed else 1.0)
+            routed = experts if ".experts." in one.path else None
+            count += one.elements * (routed.top_k / routed.count if routed else 1.0)
     return count
 
 

@@ -95,7 +95,7 @@ def token_bytes(layer: Layer, tp: int, itemsize: int, machine: Mapping[str, Any]
     if machine["cell_bits"]:
         in_cell = machine["cell_bits"] // (8 * itemsize)
         heads = math.ceil(heads / in_cell) * in_cell
-    width = math.ceil(layer.head_dim / machine["head_multiple"]) * machine["head_multiple"]
+    width: int = math.ceil(layer.head_dim / machine["head_multiple"]) * machine["head_multiple"]
     return heads * width * itemsize
 
 

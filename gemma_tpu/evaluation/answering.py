@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation.samples import Key, Sample
-from gemma_tpu.sampling.asking import Asked
+from gemma_tpu.sampling.asking import Asked, Write, Written
 
 ROWS = 30  # completed at a time
 
@@ -84,18 +84,18 @@ def answer(
     keys = [key for one in questions for number in range(draw.n) if (key := (one.problem, number)) in wanted]
     turns = {one.problem: list(map(dict, one.messages)) for one in questions}
 
-    def done(place: int, made: dict[str, Any]) -> None:
+    def done(place: int, made: Written) -> None:
         count = len(made["tokens"] or ())  # servers give text alone
         each(Sample(*keys[place], made["text"], made["finish_reason"] or "", count))
 
-    _writer(model).write([Asked(turns[name], number) for name, number in keys], settings, on_done=done)
+    _write_of(model)([Asked(turns[name], number) for name, number in keys], settings, on_done=done)
 
 
-def _writer(model: Model) -> Any:
+def _write_of(model: Model) -> Write[Any]:  # the settings are those of `drawing`, which loads JAX
     if isinstance(model.target, str):
         from gemma_tpu.sampling.endpoint import CONCURRENCY, Endpoint
 
-        return Endpoint(model.target, model=model.served, concurrency=model.concurrency or CONCURRENCY)
+        return Endpoint(model.target, model=model.served, concurrency=model.concurrency or CONCURRENCY).write
     from gemma_tpu.adapter import adapters
     from gemma_tpu.data.tokenizer import Tokenizer
     from gemma_tpu.run import runs
@@ -107,4 +107,4 @@ def _writer(model: Model) -> Any:
         trained = adapters.read(model.target, model.step)
         folder = trained.base_folder
     decoder = adapters.load(folder, None if model.base else trained, mesh)
-    return completions.Writer(sampler.Sampler(decoder, rows=ROWS), Tokenizer(folder))
+    return completions.Writer(sampler.Sampler(decoder, rows=ROWS), Tokenizer(folder)).write

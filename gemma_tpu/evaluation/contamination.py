@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tpu.schema import DataConfig
+
 WORD = re.compile(r"\w+")
 N = 13  # words; what GPT-3's and later reports use
 COMMON = 3  # problems that must share an n-gram for it to be a form of words
@@ -59,7 +61,7 @@ class Report:
 def check(texts: Mapping[tuple[str, str], str], rows: Iterable[tuple[str, str]]) -> Report:
     """`texts` by (problem, part); `rows` of training data as (place, text), read once."""
     grams = {key: set(_grams(text)) for key, text in texts.items()}
-    problems: dict[str, Counter] = {}
+    problems: dict[str, Counter[str]] = {}
     for (_, part), own in grams.items():
         problems.setdefault(part, Counter()).update(own)
     common = {gram for counts in problems.values() for gram, count in counts.items() if count >= COMMON}
@@ -88,7 +90,7 @@ def _grams(text: str) -> Iterator[str]:
     return (" ".join(words[at : at + N]) for at in range(len(words) - N + 1))
 
 
-def training_rows(section: Any) -> Iterator[tuple[str, str]]:
+def training_rows(section: DataConfig) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each row that a config's `data` section trains on."""
     from gemma_tpu.data.formats import Text
     from gemma_tpu.data.rows import Reader

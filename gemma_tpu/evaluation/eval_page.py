@@ -1,7 +1,7 @@
 """The page of an evaluation: every sample with its log and its verdict, and what they add up to."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma_tpu.evaluation import scorecard
@@ -140,16 +140,17 @@ def _contamination(found: Card) -> str:
 
 def _samples(entry: Card) -> str:
     return "".join(
-        details(f"{name}: {row['passed']} of {row['samples']}", "".join(map(_sample, *_columns(row))))
+        details(f"{name}: {row['passed']} of {row['samples']}", "".join(_sample(*one) for one in _columns(row)))
         for name, row in entry["per_problem"].items()
     )
 
 
-def _columns(row: Card) -> tuple:
+def _columns(row: Card) -> Iterator[tuple[int, str, str, str, str]]:
     """Number, verdict, the official one, completion and log of each sample of a problem."""
     count = row["samples"]
     kinds = row.get("verdicts") or [f"score {score:g}" for score in row["scores"]]
-    return range(count), kinds, row.get("official", [""] * count), row["completions"], row.get("logs", [""] * count)
+    officials, logs = row.get("official", [""] * count), row.get("logs", [""] * count)
+    return zip(range(count), kinds, officials, row["completions"], logs, strict=False)
 
 
 def _sample(number: int, kind: str, official: str, completion: str, log: str) -> str:

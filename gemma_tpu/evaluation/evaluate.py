@@ -9,14 +9,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 
 from gemma_tpu import assets
 from gemma_tpu.adapter import adapters
-from gemma_tpu.data.batches import make_loader
+from gemma_tpu.data.batches import Loader, make_loader
 from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
@@ -56,7 +56,7 @@ def tiny(
     questions = [Question(one.id, [{"role": "user", "content": one.prompt}]) for one in problems]
     target = _place(target)
     models = _models(target, step, base, served, concurrency)
-    folder = out or (target / "evals" / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
+    folder = out or (_home(target) / f"tiny_{_slug(draw)}{_at(target, step)}" if _is_run(target) else None)
     results = _measure(
         models, questions, draw, folder, {"eval": "tiny", "problems": _digest([vars(one) for one in problems])},
         scoring.simulated(problems, unsafe), ks,
@@ -144,7 +144,7 @@ def _place(target: str | Path) -> str | Path:
     return target if "://" in str(target) else Path(target)
 
 
-def _is_run(target: str | Path) -> bool:
+def _is_run(target: str | Path) -> TypeGuard[Path]:
     return isinstance(target, Path) and runs.is_run(target)
 
 
@@ -263,7 +263,7 @@ def loss(target: str | Path, step: int | None = None) -> dict[str, Any]:
     return results
 
 
-def _loss_of(model: Decoder, loader: Any) -> float:
+def _loss_of(model: Decoder, loader: Loader) -> float:
     model.trains = LoRA
     parts, trained = take_apart(model)
     with jax.set_mesh(loading.one_device_mesh()):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import stats
@@ -83,12 +83,22 @@ def scorer(spec: str) -> Scorer:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found: Scorer | None = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise UserError(f"--scorer {spec}: {module} cannot be imported: {error}") from None
-    if not callable(found):
+    if found is None or not callable(found):
         raise UserError(f"--scorer {spec}: {module} has no function {function}")
     return found
+
+
+class Scored(TypedDict):
+    """The completions of one prompt."""
+
+    score: float  # their mean
+    scores: list[float]
+    passed: int  # with a score of 1
+    samples: int
+    completions: list[str]
 
 
 def card(rows: Sequence[Row], made: Sequence[Sample], judge: Scorer) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def card(rows: Sequence[Row], made: Sequence[Sample], judge: Scorer) -> dict[str
     for one in made:
         scores.setdefault(one.problem, []).append(_score(judge, records[one.problem], one))
         texts.setdefault(one.problem, []).append(one.completion)
-    per_problem = {
+    per_problem: dict[str, Scored] = {
         name: {"score": sum(found) / len(found), "scores": found, "passed": sum(score == 1 for score in found),
                "samples": len(found), "completions": texts[name]}
         for name, found in scores.items()

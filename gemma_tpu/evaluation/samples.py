@@ -102,14 +102,16 @@ def read(path: Path, problems: Iterable[str] | None = None) -> list[Sample]:
         if not line.strip():
             continue
         fault, sample = _parse(line)
-        if sample is not None and known is not None and sample.problem not in known:
+        if sample is None:
+            pass
+        elif known is not None and sample.problem not in known:
             fault = f"no problem is called {sample.problem!r}"
-        elif sample is not None and sample.key in found:
+        elif sample.key in found:
             fault = f"sample {sample.sample} of {sample.problem} is there twice"
-        if fault:
-            faults.append(f"line {number}: {fault}")
         else:
             found[sample.key] = sample
+        if fault:
+            faults.append(f"line {number}: {fault}")
     if faults or not found:
         shown = "; ".join(faults[:SHOWN]) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
         raise UserError(f"{path}: {shown or 'holds no sample'}")

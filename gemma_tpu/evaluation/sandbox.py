@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from gemma_tpu.errors import UserError
 
@@ -110,10 +111,10 @@ def _run_boxed(
             descriptors[name] = memory.fileno()
         _, enter = BOXES[box]
         argv = enter(descriptors, limits) + limits.prlimit() + list(command)
-        popen = {"pass_fds": tuple(descriptors.values()), "env": ENVIRONMENT, "cwd": "/"}
+        popen: BoxOptions = {"pass_fds": tuple(descriptors.values()), "env": ENVIRONMENT, "cwd": "/"}
         if os.geteuid() == 0:
             popen |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        return _communicate(argv, stdin, limits, **popen)
+        return _communicate(argv, stdin, limits, popen)
 
 
 def _run_bare(command: Sequence[str], files: Mapping[str, bytes], stdin: bytes, limits: Limits) -> Result:
@@ -127,10 +128,21 @@ def _run_bare(command: Sequence[str], files: Mapping[str, bytes], stdin: bytes, 
         else:
             prefix = ["sh", "-c", f'ulimit -t {limits.cpu_seconds}; ulimit -c 0; exec "$@"', "sh"]
         env = ENVIRONMENT | {"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder}
-        return _communicate(prefix + list(command), stdin, limits, env=env, cwd=folder)
+        return _communicate(prefix + list(command), stdin, limits, {"env": env, "cwd": folder})
 
 
-def _communicate(argv: list[str], stdin: bytes, limits: Limits, **popen) -> Result:
+class BoxOptions(TypedDict):
+    """What `subprocess.Popen` is told of a box."""
+
+    env: dict[str, str]
+    cwd: str
+    pass_fds: NotRequired[tuple[int, ...]]
+    user: NotRequired[int]
+    group: NotRequired[int]
+    extra_groups: NotRequired[list[int]]
+
+
+def _communicate(argv: list[str], stdin: bytes, limits: Limits, popen: BoxOptions) -> Result:
     """Feeds stdin, reads both outputs, never holding more than the limit; kills the tree whatever happens."""
     start = time.monotonic()
     deadline = start + limits.wall_seconds
@@ -152,7 +164,8 @@ def _communicate(argv: list[str], stdin: bytes, limits: Limits, **popen) -> Resu
         raise
     finally:
         os.close(reader)
-    outputs = {process.stdout: bytearray(), process.stderr: bytearray()}
+    assert process.stdout is not None and process.stderr is not None  # both are pipes
+    outputs = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     try:
         end = _pump(outputs, writer, stdin, deadline, limits.output_bytes)
         if end == "closed":
@@ -162,14 +175,14 @@ def _communicate(argv: list[str], stdin: bytes, limits: Limits, **popen) -> Resu
                 end = "timeout"
     finally:
         _kill_group(process)
-        for stream in outputs:
-            stream.close()
+        process.stdout.close()
+        process.stderr.close()
     stdout, stderr = (bytes(data) for data in outputs.values())
     seconds = time.monotonic() - start
     return Result(process.returncode, stdout, stderr, end == "full", end == "timeout", seconds)
 
 
-def _pump(outputs: dict, writer: io.RawIOBase, stdin: bytes, deadline: float, room: int) -> str:
+def _pump(outputs: dict[int, bytearray], writer: io.RawIOBase, stdin: bytes, deadline: float, room: int) -> str:
     """Moves bytes until both outputs are "closed", more than `room` came ("full"), or the "timeout"."""
     pending = memoryview(stdin)
     os.set_blocking(writer.fileno(), False)
@@ -191,7 +204,7 @@ def _pump(outputs: dict, writer: io.RawIOBase, stdin: bytes, deadline: float, ro
                 data = os.read(key.fd, 65536)
                 if not data:
                     selector.unregister(key.fileobj)
-                outputs[key.fileobj] += data[:room]
+                outputs[key.fd] += data[:room]
                 if len(data) > room:
                     return "full"
                 room -= len(data)
@@ -206,7 +219,7 @@ def _feed(writer: io.RawIOBase, pending: memoryview) -> memoryview:
         return pending[:0]
 
 
-def _kill_group(process: subprocess.Popen) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """The box dies with its first process and takes everything inside along; killing the group is that."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -68,11 +68,11 @@ def simulated(
 ) -> Score:  # fmt: skip
     by_name = {one.id: one for one in problems}
     official = isinstance(problems[0], verilog_eval.EvalProblem)
-    how = {"judge": verilog_eval.judge, "timeout": timeout} if official else {}
-
     def score(made: Sequence[Sample]) -> list[verilog.Verdict]:
         pairs = [by_name[one.problem] for one in made], [one.completion for one in made]
-        return verilog.score_all(*pairs, unsafe=unsafe, workers=workers, **how)
+        if official:
+            return verilog.score_all(*pairs, unsafe=unsafe, workers=workers, judge=verilog_eval.judge, timeout=timeout)
+        return verilog.score_all(*pairs, unsafe=unsafe, workers=workers)
 
     return score
 

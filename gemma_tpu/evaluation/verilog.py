@@ -16,8 +16,9 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import sandbox, verilog_code
@@ -59,13 +60,13 @@ class Verdict:
 
 def require_iverilog(unsafe: bool = False) -> str:
     """The version line of Icarus Verilog, where the sandbox can see it."""
-    missing = [tool for tool in ("iverilog", "vvp") if shutil.which(tool) is None]
-    if missing:
+    compiler = shutil.which("iverilog")
+    if compiler is None or shutil.which("vvp") is None:
         raise UserError(
-            f"{missing[0]} is not installed, and generated Verilog is scored by simulating it: "
+            f"{'vvp' if compiler else 'iverilog'} is not installed, and generated Verilog is scored by simulating it: "
             "apt-get install iverilog (Debian/Ubuntu), brew install icarus-verilog (macOS)"
         )
-    path = os.path.realpath(shutil.which("iverilog"))
+    path = os.path.realpath(compiler)
     if not unsafe and not path.startswith(tuple(tool + "/" for tool in sandbox.TOOLS)):
         raise UserError(
             f"iverilog is {path}, and the sandbox shows generated code only {', '.join(sandbox.TOOLS)}: "
@@ -83,9 +84,9 @@ def require(unsafe: bool = False) -> str:
     return version
 
 
-def load_problems(path: str | os.PathLike) -> list[Problem]:
+def load_problems(path: str | Path) -> list[Problem]:
     """One problem a line; every faulty line is named at once."""
-    known = {field.name: field.type for field in fields(Problem)}
+    known: dict[str, type] = get_type_hints(Problem)
     required = set(known) - {"exact_ports", "header", "unscorable"}
     problems, faults = [], []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
@@ -158,7 +159,7 @@ def simulate(problem: Problem, code: str, limits: sandbox.Limits, *, unsafe: boo
 
     Also returns the number of comparisons, 0 where the simulation did not come to its end.
     """
-    names = defaultdict(lambda: f"n{secrets.token_hex(16)}")
+    names: defaultdict[str, str] = defaultdict(lambda: f"n{secrets.token_hex(16)}")
     bench = BLANK.sub(lambda found: names[found.group(1)], problem.testbench)
     reference = re.sub(rf"\bmodule\s+{re.escape(problem.top)}\b", f"module {names['REF']}", problem.reference)
     sources = {"bench.v": bench, "reference.v": reference, "design.v": code + "\n"}

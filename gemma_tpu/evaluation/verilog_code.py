@@ -44,8 +44,8 @@ def extract_code(text: str, header: str = "") -> str | None:
 
     Where the prompt already gave the module's `header`, a completion without a module goes on from there.
     """
-    marked = [block for block in MARKED.findall(text) if header or MODULES.search(block)]
-    fences = [block for block in FENCE.findall(marked[0] if marked else text)]
+    marked: list[str] = [block for block in MARKED.findall(text) if header or MODULES.search(block)]
+    fences: list[str] = FENCE.findall(marked[0] if marked else text)
     for block in [*fences, *marked]:
         if MODULES.search(block):
             return block
@@ -59,7 +59,7 @@ def extract_code(text: str, header: str = "") -> str | None:
 
 def tokens(code: str) -> list[tuple[str, str]]:
     """(kind, text); the kinds are TOKEN's group names."""
-    return [(match.lastgroup, match.group()) for match in TOKEN.finditer(code)]
+    return [(str(match.lastgroup), match.group()) for match in TOKEN.finditer(code)]
 
 
 def bare(code: str) -> str:

@@ -9,19 +9,26 @@ Masks go by index in the row, as the reference does; packed segments are contigu
 index distance is the position distance. Segment 0 is padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma_tpu.gemma import splash
 from gemma_tpu.gemma.mesh import platform
+from gemma_tpu.gemma.remat import named
 
 MASKED = -1e30  # finite: a row that is all padding stays a number
 MIN_CHUNK = 64  # shorter chunks make matmuls too small to be worth the keys they save
 CHUNK = 256  # queries of a row at a time: their scores are what lives at once
+
+Queries = tuple[jax.Array, ...]  # of one block, all [b, t, ...]: q, its segments, …, and last its index among the keys
+Keys = tuple[jax.Array, jax.Array, jax.Array]  # of one block: keys, values, segments
+Saved = tuple[jax.Array, ...]  # for the backward pass: the five inputs, the output and each query's sum
+Total = TypeVar("Total")  # a tree of arrays
+Found = TypeVar("Found")
 
 
 def attention(
@@ -46,7 +53,7 @@ def attention(
         return _blockwise(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window)
     k_index_S = jnp.arange(k_BSKH.shape[1])
     bias_BTS = _bias(q_index_BT, k_index_S, q_segments_BT, k_segments_BS, window)
-    return checkpoint_name(_softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale), splash.NAME)
+    return named(_softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale), splash.NAME)
 
 
 def against_cache(
@@ -68,17 +75,23 @@ def against_cache(
     return _heads_back(out_BKgH.astype(q_B1NH.dtype), q_B1NH.shape)
 
 
-def _bias(q_index_BT, k_index_BS, q_segments_BT, k_segments_BS, window):
+def _bias(
+    q_index_BT: jax.Array, k_index_BS: jax.Array, q_segments_BT: jax.Array, k_segments_BS: jax.Array,
+    window: int | None,
+) -> jax.Array:  # fmt: skip
     """0 where a query sees a key, else MASKED."""
     distance = q_index_BT[..., :, None] - k_index_BS[..., None, :]
     seen = (distance >= 0) & (q_segments_BT[..., :, None] == k_segments_BS[..., None, :])
     if window is not None:
         seen &= distance < window
     # The barrier has it computed once, and not again inside the softmax of every head: half its time on a CPU.
-    return jax.lax.optimization_barrier(jnp.where(seen, 0.0, MASKED).astype(jnp.float32))
+    bias: jax.Array = jax.lax.optimization_barrier(jnp.where(seen, 0.0, MASKED).astype(jnp.float32))
+    return bias
 
 
-def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale):
+def _softmax_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, bias_BTS: jax.Array, scale: float
+) -> jax.Array:
     """The plain form: all scores at once."""
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     scores_BKgS = _scores(_heads_lead(q_BTNH * scale, k_BSKH.shape[2]), k_BKSH, bias_BTS)
@@ -86,7 +99,7 @@ def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale):
     return _heads_back(jnp.einsum("BKgS,BKSH->BKgH", weights_BKgS, v_BKSH), q_BTNH.shape)
 
 
-def _heads_lead(x_BTNH, kv_heads: int):
+def _heads_lead(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Heads lead and the queries of a group stand in one matrix [G * T, H]: plain batched matmuls, twice as fast on
     a CPU as the same contraction with the heads in the middle."""
     B, T, N, H = x_BTNH.shape
@@ -94,13 +107,13 @@ def _heads_lead(x_BTNH, kv_heads: int):
     return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, N // kv_heads * T, H)
 
 
-def _heads_back(x_BKgH, shape: Sequence[int]):
+def _heads_back(x_BKgH: jax.Array, shape: Sequence[int]) -> jax.Array:
     B, T, N, H = shape
     K = x_BKgH.shape[1]
     return x_BKgH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _scores(q_BKgH, k_BKSH, bias_BTS):
+def _scores(q_BKgH: jax.Array, k_BKSH: jax.Array, bias_BTS: jax.Array) -> jax.Array:
     B, K, g, _ = q_BKgH.shape
     T, S = bias_BTS.shape[1:]
     scores_BKgS = jnp.einsum("BKgH,BKSH->BKgS", q_BKgH, k_BKSH, preferred_element_type=jnp.float32)
@@ -111,22 +124,29 @@ def _scores(q_BKgH, k_BKSH, bias_BTS):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _blockwise(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window):
+def _blockwise(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_segments_BT: jax.Array, k_segments_BT: jax.Array,
+    scale: float, window: int | None,
+) -> jax.Array:  # fmt: skip
     return _forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window):
+def _forward(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_segments_BT: jax.Array, k_segments_BT: jax.Array,
+    scale: float, window: int | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(output, the logarithm of each query's sum of weights [B, T, N, 1])."""
     found = []
     for q, keys in _blocks((q_BTNH * scale, q_segments_BT), (k_BTKH, v_BTKH, k_segments_BT), window):
-        _, found_of_chunks = _by_chunks(lambda q, keys=keys: ((), _attend(q, keys, window)), q, ())
+        _, found_of_chunks = _by_chunks(partial(_attend, keys=keys, window=window), q, ())
         found.append(found_of_chunks)
     outs, sums = zip(*found, strict=True)
     lead = q_BTNH.shape[:3]
     return jnp.concatenate(outs, axis=1).reshape(q_BTNH.shape), jnp.concatenate(sums, axis=1).reshape(*lead, 1)
 
 
-def _attend(q, keys, window):
+def _attend(q: Queries, keys: Keys, window: int | None) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
+    """((), (output, the logarithm of the sum of weights)): nothing adds up over the queries."""
     (q_btNH, q_segments_bt, q_index_1t), (k_bsKH, v_bsKH, k_segments_bs) = q, keys
     bias_bts = _bias(q_index_1t, jnp.arange(k_bsKH.shape[1]), q_segments_bt, k_segments_bs, window)
     k_bKsH, v_bKsH = k_bsKH.swapaxes(1, 2), v_bsKH.swapaxes(1, 2)
@@ -137,38 +157,45 @@ def _attend(q, keys, window):
     out_bKgH = jnp.einsum("bKgs,bKsH->bKgH", weights_bKgs.astype(v_bKsH.dtype), v_bKsH,
                           preferred_element_type=jnp.float32)  # fmt: skip
     out_btNH = _heads_back((out_bKgH / sum_bKg1).astype(q_btNH.dtype), q_btNH.shape)
-    return out_btNH, _heads_back(top_bKg1 + jnp.log(sum_bKg1), (*q_btNH.shape[:3], 1))
+    return (), (out_btNH, _heads_back(top_bKg1 + jnp.log(sum_bKg1), (*q_btNH.shape[:3], 1)))
 
 
-def _blockwise_forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window):
+def _blockwise_forward(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_segments_BT: jax.Array, k_segments_BT: jax.Array,
+    scale: float, window: int | None,
+) -> tuple[jax.Array, Saved]:  # fmt: skip
     # Named here: what is kept by this name is kept for the backward pass below, and no block runs again for it.
-    out_BTNH, sum_BTN1 = checkpoint_name(
+    out_BTNH, sum_BTN1 = named(
         _forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window), splash.NAME
     )
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, out_BTNH, sum_BTN1)
 
 
-def _blockwise_backward(scale, window, saved, dout_BTNH):
+def _blockwise_backward(
+    scale: float, window: int | None, saved: Saved, dout_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, out_BTNH, sum_BTN1 = saved
     # What a row of weights and its gradient have in common: sum_s w dw = sum_H out dout.
     shared_BTN1 = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH, axis=-1, keepdims=True)
     of_queries = (q_BTNH * scale, q_segments_BT, dout_BTNH, shared_BTN1, sum_BTN1)
     dqs, dkeys = [], []
     for q, keys in _blocks(of_queries, (k_BTKH, v_BTKH, k_segments_BT), window):
-        dkv, dq_btNH = _by_chunks(
-            lambda q, keys=keys: _attend_backward(q, keys, window), q, jax.tree.map(jnp.zeros_like, keys[:2])
-        )
+        zeros = (jnp.zeros_like(keys[0]), jnp.zeros_like(keys[1]))
+        dkv, dq_btNH = _by_chunks(partial(_attend_backward, keys=keys, window=window), q, zeros)
         dqs.append(dq_btNH)
         dkeys.append(dkv)
     _, back = jax.vjp(lambda k, v: list(zip(_keys(k, window), _keys(v, window), strict=True)), k_BTKH, v_BTKH)
     dq_BTNH = jnp.concatenate(dqs, axis=1).reshape(q_BTNH.shape) * scale
-    return dq_BTNH, *back(dkeys), None, None
+    dk_BTKH, dv_BTKH = back(dkeys)
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _attend_backward(q, keys, window):
+def _attend_backward(
+    q: Queries, keys: Keys, window: int | None
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """((dk, dv), dq) of queries against keys; q is scaled."""
     (q_btNH, q_segments_bt, dout_btNH, shared_btN1, sum_btN1, q_index_1t), (k_bsKH, v_bsKH, k_segments_bs) = q, keys
     bias_bts = _bias(q_index_1t, jnp.arange(k_bsKH.shape[1]), q_segments_bt, k_segments_bs, window)
@@ -185,7 +212,7 @@ def _attend_backward(q, keys, window):
     return (dk_bKsH.swapaxes(1, 2), dv_bKsH.swapaxes(1, 2)), _heads_back(dq_bKgH, q_btNH.shape)
 
 
-def _by_chunks(run, q, total):
+def _by_chunks(run: Callable[[Queries], tuple[Total, Found]], q: Queries, total: Total) -> tuple[Total, Found]:
     """run(q) -> (what adds up over the queries, what each query has); at most CHUNK queries of a row at a time.
 
     A loop, and not one chunk after another in the program: XLA would have the scores of all of them live at once.
@@ -194,7 +221,7 @@ def _by_chunks(run, q, total):
     if tokens <= CHUNK or tokens % CHUNK:
         return run(q)
 
-    def one(total, chunk):
+    def one(total: Total, chunk: Queries) -> tuple[Total, Found]:
         more, found = run(chunk)
         return jax.tree.map(jnp.add, total, more), found
 
@@ -203,18 +230,18 @@ def _by_chunks(run, q, total):
     return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], tokens, *x.shape[3:]), found)
 
 
-def _blocks(of_queries, of_keys, window):
+def _blocks(of_queries: Queries, of_keys: Keys, window: int | None) -> Iterator[tuple[Queries, Keys]]:
     """Pairs of queries and the keys that they may see; the queries' own index among those keys comes last."""
     queries = zip(*(_queries(x, window) for x in of_queries), strict=True)
     # What stands before the first token gets segment -1, which no query has.
-    *kv, segments = of_keys
-    keys = zip(*(_keys(x, window) for x in kv), _keys(segments, window, filler=-1), strict=True)
-    for q, k in zip(queries, keys, strict=True):
-        t, s = q[0].shape[1], k[0].shape[1]  # the last query of a block stands where its last key does
-        yield (*q, jnp.arange(s - t, s)[None]), k
+    k, v, segments = of_keys
+    keys = zip(_keys(k, window), _keys(v, window), _keys(segments, window, filler=-1), strict=True)
+    for q, kvs in zip(queries, keys, strict=True):
+        t, s = q[0].shape[1], kvs[0].shape[1]  # the last query of a block stands where its last key does
+        yield (*q, jnp.arange(s - t, s)[None]), kvs
 
 
-def _queries(x, window) -> list[jax.Array]:
+def _queries(x: jax.Array, window: int | None) -> list[jax.Array]:
     """[B, T, ...] -> [b, t, ...] of each block. Where there is a band it is one block, of all chunks at once."""
     chunk = _chunk(x.shape[1], window)
     if chunk is not None:
@@ -222,11 +249,11 @@ def _queries(x, window) -> list[jax.Array]:
     return [x[:, start:stop] for start, stop, _ in _spans(x.shape[1], window)]
 
 
-def _keys(x, window, filler: int = 0) -> list[jax.Array]:
+def _keys(x: jax.Array, window: int | None, filler: int = 0) -> list[jax.Array]:
     """[B, T, ...] -> [b, s, ...] of each block; of a band, each chunk with the window before it."""
     B, T, *rest = x.shape
     chunk = _chunk(T, window)
-    if chunk is None:
+    if chunk is None or window is None:  # no chunk without a window
         return [x[:, first:stop] for _, stop, first in _spans(T, window)]
     C, before = T // chunk, window // chunk
     lead = jnp.full((B, window, *rest), filler, x.dtype)

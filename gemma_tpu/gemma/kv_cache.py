@@ -12,7 +12,7 @@ Letters: R repeats of a block's period, B rows, T tokens, S slots, K KV heads, H
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,11 @@ MASKED = -1e30  # finite: a row without tokens stays a number
 AXES = (None, "batch", "act_kv_heads", None, None)  # how the rings lie on a mesh
 SLOTS = (4, 3)  # the dim of the slots, of keys and of values
 
+Number = int | jax.Array
 Pair = tuple[jax.Array, jax.Array]
-# Of every block and slot of its period: all repeats in one part, or one for each.
-Rings = tuple[tuple[tuple[Pair, ...] | None, ...], ...]
+# Of every block and slot of its period: all repeats in one part, or one for each. None: the layer has no own.
+Parts = tuple[Pair, ...] | None
+Rings = tuple[tuple[Parts, ...], ...]
 
 
 def slots(layer: Layer, capacity: int) -> int:
@@ -38,7 +40,7 @@ def slots(layer: Layer, capacity: int) -> int:
 def empty(arch: Architecture, rows: int, capacity: int, dtype: jnp.dtype) -> Rings:
     """Rings for `rows` sequences of at most `capacity` tokens."""
 
-    def parts(repeats: int, layer: Layer) -> tuple[Pair, ...] | None:
+    def parts(repeats: int, layer: Layer) -> Parts:
         if layer.kv_shared:
             return None
         head, count = layer.head_dim, slots(layer, capacity)
@@ -61,12 +63,12 @@ def nbytes(arch: Architecture, rows: int, capacity: int, itemsize: int) -> int:
     return sum(2 * rows * layer.kv_heads * slots(layer, capacity) * layer.head_dim * itemsize for layer in own)
 
 
-def ages(clock: Any, count: int) -> jax.Array:
+def ages(clock: Number, count: int) -> jax.Array:
     """How many steps ago each slot was written, when the one of `clock` is the newest."""
     return (clock - jnp.arange(count)) % count
 
 
-def biases(arch: Architecture, capacity: int, clock: Any, last_B: jax.Array) -> dict[int | None, jax.Array]:
+def biases(arch: Architecture, capacity: int, clock: Number, last_B: jax.Array) -> dict[int | None, jax.Array]:
     """By window, [B, 1, S]: 0 where the token of this step, the row's number `last_B`, sees a slot, else MASKED.
 
     Its own slot, still another's, is among the latter.
@@ -79,7 +81,7 @@ def biases(arch: Architecture, capacity: int, clock: Any, last_B: jax.Array) -> 
     return found
 
 
-def put(rings: Rings, new: Rings, clock: Any) -> Rings:
+def put(rings: Rings, new: Rings, clock: Number) -> Rings:
     """With the keys and values that a step has found, [R, B, 1, K, H]."""
 
     def one(ring: jax.Array, new_RB1KH: jax.Array, dim: int) -> jax.Array:
@@ -89,14 +91,22 @@ def put(rings: Rings, new: Rings, clock: Any) -> Rings:
     return _of_each(one, rings, _like(rings, new))
 
 
-def past(arch: Architecture, rings: Rings, number: int, slot: int, repeat: Any) -> Pair:
-    """What a layer looks back on: keys [B, K, H, S] and values [B, K, S, H], its own or those that it shares."""
+def past(arch: Architecture, rings: Rings, number: int, slot: int, repeat: Number) -> Pair:
+    """What a layer looks back on: keys [B, K, H, S] and values [B, K, S, H], its own or those that it shares.
+
+    `repeat` is an int wherever repeats have arrays of their own: see `apart`.
+    """
     layer = arch.blocks[number].period[slot]
     if layer.kv_shared:
         number, slot, repeat = source(arch, layer)
     parts = rings[number][slot]
-    pair, at = (parts[0], repeat) if len(parts) == 1 else (parts[repeat], 0)
-    return tuple(jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in pair)
+    assert parts is not None, "only layers that share others' keys and values have no ring"
+    if len(parts) == 1:
+        k, v = parts[0]
+    else:
+        (k, v), repeat = parts[int(repeat)], 0
+    take = partial(jax.lax.dynamic_index_in_dim, index=repeat, keepdims=False)
+    return take(k), take(v)
 
 
 def source(arch: Architecture, shared: Layer) -> tuple[int, int, int]:
@@ -130,7 +140,7 @@ def of_sheet(new: Rings, start_E: jax.Array, length_E: jax.Array, row_E: jax.Arr
     return _of_each(one, store, _like(store, new))
 
 
-def start_row(rings: Rings, store: Rings, row: Any, stored: Any, clock: Any) -> Rings:
+def start_row(rings: Rings, store: Rings, row: Number, stored: Number, clock: Number) -> Rings:
     """A stored prompt into a row, turned so that its newest token stands in the slot before `clock`'s."""
 
     def one(ring: jax.Array, kept: jax.Array, dim: int) -> jax.Array:
@@ -141,14 +151,15 @@ def start_row(rings: Rings, store: Rings, row: Any, stored: Any, clock: Any) -> 
     return _of_each(one, rings, store)
 
 
-def _of_each(one: Callable[..., jax.Array], left: Rings, right: Rings) -> Rings:
+def _of_each(one: Callable[[jax.Array, jax.Array, int], jax.Array], left: Rings, right: Rings) -> Rings:
     """one(x, y, dim of the slots) for all keys and values of two caches."""
 
     def pair(x: Pair, y: Pair) -> Pair:
-        return tuple(one(a, b, dim) for a, b, dim in zip(x, y, SLOTS, strict=True))
+        k, v = (one(a, b, dim) for a, b, dim in zip(x, y, SLOTS, strict=True))
+        return k, v
 
-    def parts(x, y):
-        return None if x is None else tuple(map(pair, x, y))
+    def parts(x: Parts, y: Parts) -> Parts:
+        return None if x is None or y is None else tuple(map(pair, x, y))
 
     return tuple(tuple(map(parts, a, b)) for a, b in zip(left, right, strict=True))
 
@@ -156,10 +167,10 @@ def _of_each(one: Callable[..., jax.Array], left: Rings, right: Rings) -> Rings:
 def _like(rings: Rings, new: Rings) -> Rings:
     """`new` in as many parts as the rings."""
 
-    def parts(mine, given):
-        if mine is None or len(mine) == len(given):
+    def parts(mine: Parts, given: Parts) -> Parts:
+        if mine is None or given is None or len(mine) == len(given):
             return given
-        [pair] = given
-        return tuple(tuple(x[repeat : repeat + 1] for x in pair) for repeat in range(len(mine)))
+        [(k, v)] = given
+        return tuple((k[repeat : repeat + 1], v[repeat : repeat + 1]) for repeat in range(len(mine)))
 
     return tuple(tuple(map(parts, a, b)) for a, b in zip(rings, new, strict=True))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from gemma_tpu.gemma import hf_config, quantise, streaming, variants
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.model import Decoder
-from gemma_tpu.gemma.projection import Base, Constant
+from gemma_tpu.gemma.projection import Base, Constant, shaped
 from gemma_tpu.gemma.sites import sites
 from gemma_tpu.storage.shards import Checkpoint, open_checkpoint
 from gemma_tpu.storage.transfer import Transfer
@@ -30,7 +30,9 @@ def architecture(checkpoint: Checkpoint) -> variants.Architecture:
     return arch.with_prefix(there[0]) if there else arch
 
 
-def variables(model: Decoder, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, nnx.Variable]:
+def variables(
+    model: Decoder, kind: type[nnx.Variable[jax.Array]] = nnx.Variable
+) -> dict[str, nnx.Variable[jax.Array]]:
     """Every variable of the model by its dotted path."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
 
@@ -44,7 +46,9 @@ def assign(model: Decoder, values: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(chosen))
 
 
-def place(model: Decoder, mesh: Mesh, replicate_kv: bool = False) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
+def place(
+    model: Decoder, mesh: meshes.AnyMesh, replicate_kv: bool = False
+) -> tuple[dict[str, NamedSharding], list[meshes.Fix]]:
     """A sharding for every variable, each held against its rank and the mesh; and what had to be changed."""
     tensors, specs = [], {}
     for path, variable in variables(model).items():
@@ -81,14 +85,14 @@ def hold_quantised(model: Decoder, kind: str | None) -> None:
         named = {"w": axes, "w_scale": (*axes[:-1], blocks)}
         for name, (held, dtype) in quantise.parts(kind, shape, one.inputs).items():
             variable = Base if name == "w" else Constant
-            setattr(one, name, variable(jax.ShapeDtypeStruct(held, dtype), axes=named.get(name, axes[: len(held)])))
+            setattr(one, name, shaped(variable, held, dtype, named.get(name, axes[: len(held)])))
         one.quantised = kind
 
 
 def put(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """Host arrays onto their shards, each device getting its own slice."""
     return {
-        path: jax.make_array_from_callback(value.shape, shardings[path], lambda index, value=value: value[index])
+        path: jax.make_array_from_callback(value.shape, shardings[path], value.__getitem__)
         for path, value in values.items()
     }
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware import torus
 from gemma_tpu.schema import MeshConfig
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of nothing but their number (of a slice that is planned)
 AXES = ("data", "fsdp", "expert", "tp")
 
 # logical axis -> mesh axes. A dim whose logical axis is not listed is never split.
@@ -180,7 +181,9 @@ def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
         )
 
 
-def spec_for(axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None) -> PartitionSpec:
+def spec_for(
+    axes: Sequence[str | None], mesh: AnyMesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
     """The PartitionSpec of a tensor whose dims have these logical axes; axes of size 1 are left out.
 
     With `shape`, a dim that does not divide is left whole: for activations only, where a batch of one
@@ -212,7 +215,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_for(axes, mesh, x.shape))
+    x = jax.lax.with_sharding_constraint(x, spec_for(axes, mesh, x.shape))
+    return x
 
 
 def gathered(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -221,7 +225,8 @@ def gathered(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return w
     whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_for(axes, mesh, w.shape)))
-    return jax.lax.with_sharding_constraint(w, whole)
+    w = jax.lax.with_sharding_constraint(w, whole)
+    return w
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def format_fixes(fixes: Sequence[Fix]) -> list[str]:
 
 
 def fix_specs(
-    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: Mesh, whole: frozenset[str] = frozenset()
+    tensors: Sequence[Tensor], specs: Mapping[str, PartitionSpec], mesh: AnyMesh, whole: frozenset[str] = frozenset()
 ) -> tuple[dict[str, PartitionSpec], list[Fix]]:
     """Hold every spec against its tensor's rank and the mesh; returns the good specs and what was changed.
 
@@ -280,7 +285,7 @@ def fix_specs(
 
 
 def _whole_where_indivisible(
-    tensor: Tensor, spec: PartitionSpec, mesh: Mesh, whole: frozenset[str], rows: list[Fix], errors: list[str]
+    tensor: Tensor, spec: PartitionSpec, mesh: AnyMesh, whole: frozenset[str], rows: list[Fix], errors: list[str]
 ) -> PartitionSpec:
     entries = list(spec)
     for dim, entry in enumerate(spec):
@@ -298,5 +303,5 @@ def _whole_where_indivisible(
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
+def shardings(mesh: AnyMesh, specs: Mapping[str, PartitionSpec]) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}

@@ -7,27 +7,33 @@ or the scan would keep a copy of every frozen weight for the backward pass.
 Letters: B rows, T tokens, R repeats, D hidden, N query heads, K KV heads, H head dim, F mlp, V vocab, C = 2.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
 from gemma_tpu.gemma import kv_cache
 from gemma_tpu.gemma.attention import against_cache, attention
 from gemma_tpu.gemma.experts import Mixture
-from gemma_tpu.gemma.kv_cache import Pair, Rings
+from gemma_tpu.gemma.kv_cache import Number, Pair, Parts, Rings
 from gemma_tpu.gemma.mesh import constrain, platform
-from gemma_tpu.gemma.projection import Base, LoRA, Projection
+from gemma_tpu.gemma.projection import Base, LoRA, Projection, shaped
+from gemma_tpu.gemma.remat import Remat, named, rematerialise
 from gemma_tpu.gemma.variants import Architecture, Block, Layer, Rope
 
-# "none", "full", or the names of the activations to keep: on the device, or ("gate@host") in the host's memory
-Remat = str | Sequence[str]
-HOST = "@host"
 MOST_UNROLLED = 8  # repeats of a period, where layers are unrolled at all
+
+Shared = dict[str, Pair]  # by layer kind, the keys and values that later layers take over
+Carry = tuple[jax.Array, Shared]  # x_BTD, and those
+Past = Callable[[int, Number], Pair]  # (slot of the period, repeat): what a cache holds for that layer
+State = nnx.State[Any, Any]  # a layer's variables by their paths: of all its repeats, or of one
+Slots = tuple[Parts, ...]  # of one block, as `Rings` have it
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,10 @@ class Norm(nnx.Module):
     """RMS norm in float32, times a weight (to which Gemma 3 adds one)."""
 
     def __init__(self, arch: Architecture, size: int, repeats: int | None, dtype: jnp.dtype):
-        lead, axes = ((), (None,)) if repeats is None else ((repeats,), ("layers", None))
-        self.w = Base(jax.ShapeDtypeStruct((*lead, size), dtype), axes=axes)
+        if repeats is None:
+            self.w = shaped(Base, (size,), dtype, (None,))
+        else:
+            self.w = shaped(Base, (repeats, size), dtype, ("layers", None))
         self.eps, self.offset = arch.eps, arch.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,23 +95,28 @@ class Attention(nnx.Module):
         if not layer.kv_shared:
             self.k_norm = Norm(arch, H, repeats, dtype)
 
-    def __call__(self, x_BTD, ctx: Context, key, kv, past: Pair | None):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, key: jax.Array | None, kv: Pair | None, past: Pair | None
+    ) -> tuple[jax.Array, Pair]:
         """(output, the keys and values it used). `kv` are those of an earlier layer, for a layer that shares them;
         `past` is what a cache holds of the tokens before."""
         # Kept by name as the projections give them: the norms need that again, and the rest is cheap.
-        q_BTNH = checkpoint_name(constrain(self.q_proj(x_BTD, key), "batch", None, "act_heads", None), "q")
+        q_BTNH = named(constrain(self.q_proj(x_BTD, key), "batch", None, "act_heads", None), "q")
         q_BTNH = rotate(self.q_norm(q_BTNH), ctx.positions_BT, self.layer.rope)
         if not self.layer.kv_shared:
             kv = self._keys_values(x_BTD, ctx, key)
+        assert kv is not None, "a layer that shares keys and values comes after one of its kind that has some"
         if past is not None:
+            assert ctx.biases is not None, "a step against a cache knows the biases of its slots"
             out_BTNH = against_cache(q_BTNH, *kv, *past, ctx.biases[self.layer.window], self.scale)
         else:
+            assert ctx.segments_BT is not None, "without a cache, tokens see those of their own segment"
             out_BTNH = attention(
                 q_BTNH, *kv, ctx.segments_BT, ctx.segments_BT, scale=self.scale, window=self.layer.window
             )
-        return checkpoint_name(self.o_proj(out_BTNH, key), "o"), kv
+        return named(self.o_proj(out_BTNH, key), "o"), kv
 
-    def _keys_values(self, x_BTD, ctx: Context, key):
+    def _keys_values(self, x_BTD: jax.Array, ctx: Context, key: jax.Array | None) -> Pair:
         if self.layer.k_eq_v:
             k_BTKH = v_BTKH = _kept(self.k_einsum(x_BTD, key), "k")
         else:
@@ -115,8 +128,8 @@ class Attention(nnx.Module):
         return k_BTKH, v_BTKH
 
 
-def _kept(x_BTKH, name: str):
-    return checkpoint_name(constrain(x_BTKH, "batch", None, "act_kv_heads", None), name)
+def _kept(x_BTKH: jax.Array, name: str) -> jax.Array:
+    return named(constrain(x_BTKH, "batch", None, "act_kv_heads", None), name)
 
 
 class MLP(nnx.Module):
@@ -126,36 +139,39 @@ class MLP(nnx.Module):
         self.up_proj = Projection("up_proj", "BTD,FD->BTF", (F, D), ("mlp", "embed"), repeats, dtype)
         self.down_proj = Projection("down_proj", "BTF,DF->BTD", (D, F), ("embed", "mlp"), repeats, dtype)
 
-    def __call__(self, x_BTD, key):
-        gate_BTF = checkpoint_name(constrain(self.gate_proj(x_BTD, key), "batch", None, "act_mlp"), "gate")
-        up_BTF = checkpoint_name(constrain(self.up_proj(x_BTD, key), "batch", None, "act_mlp"), "up")
-        return checkpoint_name(self.down_proj(jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, key), "down")
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        gate_BTF = named(constrain(self.gate_proj(x_BTD, key), "batch", None, "act_mlp"), "gate")
+        up_BTF = named(constrain(self.up_proj(x_BTD, key), "batch", None, "act_mlp"), "up")
+        mid_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+        return named(self.down_proj(mid_BTF, key), "down")
 
 
 class DecoderLayer(nnx.Module):
     def __init__(self, arch: Architecture, layer: Layer, repeats: int, dtype: jnp.dtype):
-        D = arch.hidden
+        D, norm = arch.hidden, partial(Norm, arch, arch.hidden, repeats, dtype)
         self.attention = Attention(arch, layer, repeats, dtype)
         self.mlp = MLP(arch, layer, repeats, dtype)
-        norms = ["input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm"]
+        self.input_norm, self.post_attention_norm = norm(), norm()
+        self.pre_mlp_norm, self.post_mlp_norm = norm(), norm()
         self.has_experts, self.has_per_layer_input = layer.experts is not None, arch.per_layer_input > 0
         self.has_scalar = arch.layer_scalar
-        if self.has_experts:
-            self.experts = Mixture(arch, layer, repeats, dtype)
-            norms += ["dense_norm", "pre_experts_norm", "post_experts_norm"]
+        if layer.experts is not None:
+            self.experts = Mixture(arch, layer.experts, repeats, dtype)
+            self.dense_norm, self.pre_experts_norm, self.post_experts_norm = norm(), norm(), norm()
         if self.has_per_layer_input:
             P = arch.per_layer_input
             self.per_layer_gate = Projection("per_layer_input_gate", "BTD,PD->BTP", (P, D), (None, "embed"), repeats,
                                              dtype)  # fmt: skip
             self.per_layer_projection = Projection("per_layer_projection", "BTP,DP->BTD", (D, P), ("embed", None),
                                                    repeats, dtype)  # fmt: skip
-            norms += ["post_per_layer_norm"]
-        for name in norms:
-            setattr(self, name, Norm(arch, D, repeats, dtype))
+            self.post_per_layer_norm = norm()
         if self.has_scalar:
-            self.layer_scalar = Base(jax.ShapeDtypeStruct((repeats, 1), dtype), axes=("layers", None))
+            self.layer_scalar = shaped(Base, (repeats, 1), dtype, ("layers", None))
 
-    def __call__(self, x_BTD, ctx: Context, key, kv, past: Pair | None, per_layer_BTP):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, key: jax.Array | None, kv: Pair | None, past: Pair | None,
+        per_layer_BTP: jax.Array | None,
+    ) -> tuple[jax.Array, Pair]:  # fmt: skip
         out_BTD, kv = self.attention(self.input_norm(x_BTD), ctx, key, kv, past)
         x_BTD = x_BTD + self.post_attention_norm(out_BTD)
         out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key)
@@ -164,6 +180,7 @@ class DecoderLayer(nnx.Module):
             out_BTD = self.dense_norm(out_BTD) + self.post_experts_norm(mixed_BTD)
         x_BTD = x_BTD + self.post_mlp_norm(out_BTD)
         if self.has_per_layer_input:
+            assert per_layer_BTP is not None, "the decoder makes the per-layer inputs of such a model"
             gate_BTP = jax.nn.gelu(self.per_layer_gate(x_BTD, key), approximate=True) * per_layer_BTP
             x_BTD = x_BTD + self.post_per_layer_norm(self.per_layer_projection(gate_BTP, key))
         if self.has_scalar:
@@ -175,10 +192,10 @@ class Embedding(nnx.Module):
     """Tied input embedding and output head."""
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype):
-        self.w = Base(jax.ShapeDtypeStruct((arch.vocab, arch.hidden), dtype), axes=("vocab", None))
+        self.w = shaped(Base, (arch.vocab, arch.hidden), dtype, ("vocab", None))
         self.hidden = arch.hidden
 
-    def __call__(self, tokens_BT):
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         w_VD = self.w[...]
         return w_VD[tokens_BT] * jnp.asarray(self.hidden**0.5, w_VD.dtype)  # the reference rounds the factor too
 
@@ -191,16 +208,25 @@ class PerLayerEmbedding(nnx.Module):
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype):
         L, P, D = len(arch.layers), arch.per_layer_input, arch.hidden
-        self.w = Base(jax.ShapeDtypeStruct((arch.per_layer_vocab, L * P), dtype), axes=("per_layer_vocab", None))
-        self.projection = Base(jax.ShapeDtypeStruct((L, P, D), dtype), axes=(None, None, "embed"))
+        self.w = shaped(Base, (arch.per_layer_vocab, L * P), dtype, ("per_layer_vocab", None))
+        self.projection = shaped(Base, (L, P, D), dtype, (None, None, "embed"))
         self.norm = Norm(arch, P, None, dtype)
         self.token_scale, self.root = P**0.5, D**-0.5
 
-    def __call__(self, tokens_BT, x_BTD):
+    def __call__(self, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
         w_VP = self.w[...]
         context_BTLP = jnp.einsum("BTD,LPD->BTLP", x_BTD, self.projection[...]) * jnp.asarray(self.root, x_BTD.dtype)
         token_BTLP = (w_VP[tokens_BT] * jnp.asarray(self.token_scale, w_VP.dtype)).reshape(context_BTLP.shape)
         return (self.norm(context_BTLP) + token_BTLP) * jnp.asarray(2.0**-0.5, x_BTD.dtype)
+
+
+class Objective(Protocol):
+    """What training makes small: a sum over a micro-batch [B, T], and what all micro-batches' sum is divided by."""
+
+    def __call__(
+        self, model: "Decoder", batch: dict[str, jax.Array], key: jax.Array | None, remat: Remat
+    ) -> jax.Array: ...
+    def weight(self, batch: dict[str, jax.Array]) -> jax.Array: ...
 
 
 class Decoder(nnx.Module):
@@ -216,21 +242,26 @@ class Decoder(nnx.Module):
             for block in arch.blocks
         ])
         self.final_norm = Norm(arch, arch.hidden, None, dtype)
-        self.trains: type[nnx.Variable] = LoRA  # what goes through the scan as input
-        self.objective = None  # what it trains for; None: the cross entropy of every target
+        self.trains: type[nnx.Variable[jax.Array]] = LoRA  # what goes through the scan as input
+        self.objective: Objective | None = None  # what it trains for; None: the cross entropy of every target
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed.w[...].dtype
 
-    def __call__(self, tokens_BT, segment_ids_BT=None, positions_BT=None):
+    def __call__(
+        self, tokens_BT: ArrayLike, segment_ids_BT: ArrayLike | None = None, positions_BT: jax.Array | None = None
+    ) -> jax.Array:
         return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT))
 
-    def logits(self, x_BTD):
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embed.w[...], preferred_element_type=jnp.float32)
         return softcap(logits_BTV, self.arch.logit_softcap)
 
-    def hidden(self, tokens_BT, segment_ids_BT=None, positions_BT=None, *, key=None, remat: Remat = "none"):
+    def hidden(
+        self, tokens_BT: ArrayLike, segment_ids_BT: ArrayLike | None = None, positions_BT: jax.Array | None = None,
+        *, key: jax.Array | None = None, remat: Remat = "none",
+    ) -> jax.Array:  # fmt: skip
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
@@ -239,12 +270,14 @@ class Decoder(nnx.Module):
             positions_BT = restart_positions(segment_ids_BT)
         return self._run(tokens_BT, Context(segment_ids_BT, positions_BT), _Pass(key, remat, self.trains))[0]
 
-    def prefill(self, tokens_BT, segment_ids_BT):
+    def prefill(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Rings]:
         """Like `hidden`, and the keys and values of every layer that has its own, [R, B, T, K, H], as `Rings` lie."""
         ctx = Context(segment_ids_BT, restart_positions(segment_ids_BT))
         return self._run(tokens_BT, ctx, _Pass(None, "none", self.trains, keep=True))
 
-    def step(self, tokens_B, last_B, clock, rings: Rings, capacity: int):
+    def step(
+        self, tokens_B: jax.Array, last_B: jax.Array, clock: jax.Array, rings: Rings, capacity: int
+    ) -> tuple[jax.Array, Rings]:
         """One token more in every row, the row's number `last_B`: (x_BD, rings). See `kv_cache` for the clock."""
         ctx = Context(None, last_B[:, None], kv_cache.biases(self.arch, capacity, clock, last_B))
         x_B1D, new = self._run(tokens_B[:, None], ctx, _Pass(None, "none", self.trains, keep=True), rings)
@@ -252,11 +285,14 @@ class Decoder(nnx.Module):
         after = clock + jnp.isnan(x_B1D[0, 0, 0]).astype(clock.dtype)
         return x_B1D[:, 0], kv_cache.put(rings, new, after)
 
-    def _run(self, tokens_BT, ctx: Context, how: "_Pass", rings: Rings | None = None):
+    def _run(
+        self, tokens_BT: jax.Array, ctx: Context, how: "_Pass", rings: Rings | None = None
+    ) -> tuple[jax.Array, Rings]:
+        """(x_BTD, the keys and values that `how` keeps: without it, of no layer)"""
         x_BTD = constrain(self.embed(tokens_BT), "batch", "seq", None)
         per_layer_BTLP = self.embed_per_layer(tokens_BT, x_BTD) if self.arch.per_layer_input else None
         shared = _no_keys_yet(self.arch, tokens_BT.shape, x_BTD.dtype) if self.arch.shares_kv else {}
-        kept = []
+        kept: list[Slots] = []
         for number, (block, layers) in enumerate(zip(self.arch.blocks, self.blocks, strict=True)):
             part = None if per_layer_BTLP is None else _of_block(block, per_layer_BTLP)
             past = None if rings is None else partial(kv_cache.past, self.arch, rings, number)
@@ -286,79 +322,74 @@ class _Pass:
 
     key: jax.Array | None
     remat: Remat
-    trains: type[nnx.Variable]
+    trains: type[nnx.Variable[jax.Array]]
     keep: bool = False
 
 
-def _no_keys_yet(arch: Architecture, shape: tuple[int, int], dtype):
+def _no_keys_yet(arch: Architecture, shape: tuple[int, ...], dtype: jnp.dtype) -> Shared:
     """Stand-ins for the keys and values that later layers take over; each kind's own layers replace them."""
     own = {layer.kind: (*shape, layer.kv_heads, layer.head_dim) for layer in arch.layers if not layer.kv_shared}
     return {kind: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for kind, shape in own.items()}
 
 
-def _of_block(block: Block, per_layer_BTLP):
+def _of_block(block: Block, per_layer_BTLP: jax.Array) -> jax.Array:
     """The block's part of the per-layer inputs, as the scan wants it: [repeats, slots, B, T, P]."""
     slots, count = len(block.period), len(block.period) * block.repeats
     part_LBTP = jnp.moveaxis(per_layer_BTLP[:, :, block.first : block.first + count], 2, 0)
     return part_LBTP.reshape(block.repeats, slots, *part_LBTP.shape[1:])
 
 
-def _run_block(block: Block, layers, carry, ctx: Context, how: _Pass, per_layer, past, apart: bool):
-    """Scan one period's layers over its repeats. `carry` is (x_BTD, shared keys and values by layer kind). Repeats
-    whose caches stand apart go one after another in the program."""
+def _run_block(
+    block: Block, layers: Iterable[DecoderLayer], carry: Carry, ctx: Context, how: _Pass, per_layer: jax.Array | None,
+    past: Past | None, apart: bool,
+) -> tuple[Carry, Slots]:  # fmt: skip
+    """Scan one period's layers over its repeats. Repeats whose caches stand apart go one after another in the
+    program."""
     split = [nnx.split(layer, how.trains, ...) for layer in layers]
     trained = [part[1] for part in split]
 
-    def one_layer(slot, repeat, x_BTD, trained_layer, kv, per_layer_BTP):
-        graph, _, frozen = split[slot]
+    def one_layer(
+        slot: int, repeat: Number, x_BTD: jax.Array, trained_layer: State, kv: Pair | None,
+        per_layer_BTP: jax.Array | None,
+    ) -> tuple[jax.Array, Pair]:  # fmt: skip
+        graph, _, *rest = split[slot]
+        (frozen,) = rest
         at = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False), frozen)
-        layer = nnx.merge(graph, trained_layer, at)
+        layer: DecoderLayer = nnx.merge(graph, trained_layer, at)
         number = block.first + repeat * len(block.period) + slot
         key = None if how.key is None else jax.random.fold_in(how.key, number)
         return layer(x_BTD, ctx, key, kv, None if past is None else past(slot, repeat), per_layer_BTP)
 
-    def one_period(carry, xs):
+    def one_period(
+        carry: Carry, xs: tuple[Number, list[State], jax.Array | None]
+    ) -> tuple[Carry, tuple[Pair | None, ...]]:
         (x_BTD, shared), (repeat, trained_now, per_layer_now) = carry, xs
-        kept = []
+        kept: list[Pair | None] = []
         for slot, layer in enumerate(block.period):
-            run = _rematerialise(lambda *a, slot=slot: one_layer(slot, *a), how.remat)
+            run = rematerialise(partial(one_layer, slot), how.remat)
             x_BTD, kv = run(
                 repeat, x_BTD, trained_now[slot], shared.get(layer.kind),
                 None if per_layer_now is None else per_layer_now[slot],
             )  # fmt: skip
             shared = {**shared, layer.kind: kv} if shared else shared
-            kept.append(None if layer.kv_shared else kv)
-        return (x_BTD, shared), tuple(kept) if how.keep else None
+            kept.append(kv if how.keep and not layer.kv_shared else None)
+        return (x_BTD, shared), tuple(kept)
 
     if apart:
-        kept = []
+        found = []
         for repeat in range(block.repeats):
-            mine = jax.tree.map(lambda x, repeat=repeat: x[repeat], (trained, per_layer))
-            carry, kv = one_period(carry, (repeat, *mine))
-            kept.append(kv)
-        return carry, tuple(None if each[0] is None else tuple(map(_lead, each)) for each in zip(*kept, strict=True))
+            trained_now, per_layer_now = jax.tree.map(operator.itemgetter(repeat), (trained, per_layer))
+            carry, pairs = one_period(carry, (repeat, trained_now, per_layer_now))
+            found.append(pairs)
+        by_slot = zip(*found, strict=True)
+        return carry, tuple(tuple(_lead(pair) for pair in each if pair is not None) or None for each in by_slot)
 
     # Elsewhere a loop compiles faster and holds less; a CPU pays for its stacks of activations with copies of them.
     unroll = platform() == "cpu" and block.repeats <= MOST_UNROLLED
     carry, kept = jax.lax.scan(one_period, carry, (jnp.arange(block.repeats), trained, per_layer), unroll=unroll)
-    return carry, None if kept is None else tuple(None if pair is None else (pair,) for pair in kept)
+    return carry, tuple(None if pair is None else (pair,) for pair in kept)
 
 
 def _lead(pair: Pair) -> Pair:
-    return tuple(x[None] for x in pair)
-
-
-def _rematerialise(run, remat: Remat):
-    if remat == "none":
-        return run
-    names = () if remat == "full" else tuple(remat)
-    host = [name.removesuffix(HOST) for name in names if name.endswith(HOST)]
-    device = [name for name in names if not name.endswith(HOST)]
-    policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(*device)
-    if host:
-        policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=device, names_which_can_be_offloaded=host,
-            offload_src="device", offload_dst="pinned_host",
-        )  # fmt: skip
-    return jax.checkpoint(run, policy=policy, prevent_cse=False)
+    k, v = pair
+    return k[None], v[None]

@@ -9,29 +9,39 @@ t (token, expert) pairs sorted by expert, I in, O out.
 """
 
 import zlib
+from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma_tpu.gemma import quantise
 from gemma_tpu.gemma.mesh import gathered
+from gemma_tpu.gemma.remat import named
 
 STACK = "C"
 
 
-class Base(nnx.Param):
+class Base(nnx.Param[jax.Array]):
     """A weight of the base model. Frozen in LoRA training: its gradient is never asked for."""
 
 
-class LoRA(nnx.Variable):
+class LoRA(nnx.Variable[jax.Array]):
     """An adapter tensor: A [R, in] or B [out, R], with the base weight's own dims."""
 
 
-class Constant(nnx.Variable):
+class Constant(nnx.Variable[jax.Array]):
     """What belongs to an adapter or to a quantised weight, and never trains."""
+
+
+Variable = TypeVar("Variable", bound=nnx.Variable[jax.Array])
+
+
+def shaped(kind: type[Variable], shape: Sequence[int], dtype: jnp.dtype, axes: Sequence[str | None]) -> Variable:
+    """A variable as its shape alone: a model is built before anything is read, and `loading.assign` fills it."""
+    return kind(cast(jax.Array, jax.ShapeDtypeStruct(tuple(shape), dtype)), axes=tuple(axes))
 
 
 class Linear(nnx.Module):
@@ -40,6 +50,7 @@ class Linear(nnx.Module):
     Without `lora_a` there is no adapter. A quantised weight's codes are in `w`, and what they need beside it.
     """
 
+    name: str
     w: Base
     inputs: int  # how many of its last dims are contracted
 
@@ -58,6 +69,15 @@ class Linear(nnx.Module):
         self.lora_ranks: tuple[int, ...] = ()  # of each layer of the stack (of its K and its V); beyond it are zeros
         self.lora_dropout = 0.0
 
+    @property
+    def adapter(self) -> tuple[LoRA, LoRA] | None:
+        """A and B."""
+        return _both(self.lora_a, self.lora_b)
+
+    @property
+    def start(self) -> tuple[LoRA, LoRA] | None:
+        return _both(self.lora_a0, self.lora_b0)
+
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """The weight itself, or what a quantised one stands for."""
         return self.decoded(self.parts(), dtype)
@@ -68,7 +88,8 @@ class Linear(nnx.Module):
     def decoded(self, parts: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         if self.quantised is None:
             return parts["w"]
-        return quantise.decode(parts, self.quantised, self.inputs, jnp).astype(dtype)
+        w: jax.Array = quantise.decode(parts, self.quantised, self.inputs, jnp).astype(dtype)
+        return w
 
     def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         if key is None or self.lora_dropout == 0:
@@ -90,34 +111,39 @@ class Projection(Linear):
         self.name = name
         self.equation = equation
         self.inputs = len(weight_letters(equation)[2])
-        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", *axes))
+        self.w = shaped(Base, (repeats, *shape), dtype, ("layers", *axes))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y = self._base(x)
-        if self.lora_a is None:
+        if (adapter := self.adapter) is None:
             return y
         down, up = lora_equations(self.equation)
-        a, b = _whole(self.lora_a, x.dtype), self._whole_b(self.lora_b, x.dtype)
+        a, b = self._whole(adapter, x.dtype)
         h = jnp.einsum(down, self._dropped(x, key), a)
-        if self.lora_a0 is not None:
-            a0, b0 = jax.lax.stop_gradient((_whole(self.lora_a0, x.dtype), self._whole_b(self.lora_b0, x.dtype)))
+        if (start := self.start) is not None:
+            a0, b0 = jax.lax.stop_gradient(self._whole(start, x.dtype))
             h = jnp.concatenate([h, jnp.einsum(down, x, a0)], axis=-1)
             rank_dim = 1 if weight_letters(self.equation)[0] else 0
             a, b = jnp.concatenate([a, a0], axis=rank_dim), jnp.concatenate([b, -b0], axis=-1)
-        y = y + _widen(up, checkpoint_name(h, "lora_h"), b)
-        return y if self.lora_magnitude is None else y * self._turned_to_length(a, b).astype(y.dtype)
+        y = y + _widen(up, named(h, "lora_h"), b)
+        if self.lora_magnitude is None:
+            return y
+        return y * self._turned_to_length(self.lora_magnitude, a, b).astype(y.dtype)
 
     def _base(self, x: jax.Array) -> jax.Array:
         if self.quantised != "int8":
             return jnp.einsum(self.equation, x, self.weight(x.dtype))
         # The codes are exact in bfloat16, the scaled weights are not: rows are scaled after the product.
-        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
-        return (y.astype(jnp.float32) * self.w_step[...]).astype(x.dtype)
+        parts = self.parts()
+        y = jnp.einsum(self.equation, x, parts["w"].astype(x.dtype))
+        return (y.astype(jnp.float32) * parts["w_step"]).astype(x.dtype)
 
-    def _whole_b(self, b: LoRA, dtype: jnp.dtype) -> jax.Array:
-        return gathered(self._scaled(b[...]).astype(dtype), b.get_metadata()["axes"][1:])
+    def _whole(self, adapter: tuple[LoRA, LoRA], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """A and B as their matmuls want them. Base weights stay split: their matmuls go round the ring of fsdp."""
+        a, b = adapter
+        return _gathered(a, a[...].astype(dtype)), _gathered(b, self._scaled(b[...]).astype(dtype))
 
-    def _turned_to_length(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def _turned_to_length(self, magnitude: LoRA, a: jax.Array, b: jax.Array) -> jax.Array:
         """Magnitude over norm, for each row of W + B A. The norm takes no gradient, and W + B A is never formed:
         |W + BA|^2 = |W|^2 + 2 <W, BA> + |BA|^2, each of which needs at most A W^T, as narrow as the rank."""
         stack, out, inside = weight_letters(self.equation)
@@ -129,9 +155,8 @@ class Projection(Linear):
         b = b.astype(jnp.float32)
         own = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(-len(inside), 0))
         both = einsum(f"{rows}R,{rows}R->{rows}", b, 2 * aw + einsum(f"{rows}Q,{stack}RQ->{rows}R", b, aa))
-        norm = checkpoint_name(jnp.sqrt(own + both), "lora_h")
-        magnitude = gathered(self.lora_magnitude[...], self.lora_magnitude.get_metadata()["axes"][1:])
-        factor = magnitude / norm
+        norm = named(jnp.sqrt(own + both), "lora_h")
+        factor = _gathered(magnitude, magnitude[...]) / norm
         if self.lora_scales is None:
             return factor
         scales = self.lora_scales[...]  # a layer of the stack that was not chosen keeps its own length
@@ -148,20 +173,21 @@ class ExpertProjection(Linear):
         super().__init__()
         self.name = name
         self.inputs = 1
-        self.w = Base(jax.ShapeDtypeStruct((repeats, *shape), dtype), axes=("layers", "experts", None, None))
+        self.w = shaped(Base, (repeats, *shape), dtype, ("layers", "experts", None, None))
 
     def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y_tO = _ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
-        if self.lora_a is None:
+        if (adapter := self.adapter) is None:
             return y_tO
-        y_tO += self._low_rank(self._dropped(x_tI, key), self.lora_a[...], self.lora_b[...], sizes_E)
-        if self.lora_a0 is not None:
-            start = jax.lax.stop_gradient((self.lora_a0[...], self.lora_b0[...]))
-            y_tO -= self._low_rank(x_tI, *start, sizes_E)
+        a, b = adapter
+        y_tO += self._low_rank(self._dropped(x_tI, key), a[...], b[...], sizes_E)
+        if (start := self.start) is not None:
+            a0, b0 = jax.lax.stop_gradient((start[0][...], start[1][...]))
+            y_tO -= self._low_rank(x_tI, a0, b0, sizes_E)
         return y_tO
 
     def _low_rank(self, x_tI: jax.Array, a_ERI: jax.Array, b_EOR: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        h_tR = checkpoint_name(_ragged(x_tI, a_ERI.astype(x_tI.dtype), sizes_E), "lora_h")
+        h_tR = named(_ragged(x_tI, a_ERI.astype(x_tI.dtype), sizes_E), "lora_h")
         return _ragged(h_tR, self._scaled(b_EOR).astype(x_tI.dtype), sizes_E)
 
 
@@ -172,11 +198,11 @@ def _widen(up: str, h: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(up, h, b)
 
 
-def _widen_forward(up: str, h: jax.Array, b: jax.Array):
+def _widen_forward(up: str, h: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.einsum(up, h, b), (h, b)
 
 
-def _widen_backward(up: str, saved, dy: jax.Array):
+def _widen_backward(up: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     (h, b), (inputs, y) = saved, up.split("->")
     h_letters, b_letters = inputs.split(",")
     stack = STACK if b_letters.startswith(STACK) else ""
@@ -188,9 +214,14 @@ def _widen_backward(up: str, saved, dy: jax.Array):
 _widen.defvjp(_widen_forward, _widen_backward)
 
 
-def _whole(adapter: LoRA, dtype: jnp.dtype) -> jax.Array:
-    """An adapter tensor as its matmul wants it. Base weights stay split: their matmuls go round the ring of fsdp."""
-    return gathered(adapter[...].astype(dtype), adapter.get_metadata()["axes"][1:])
+def _both(a: LoRA | None, b: LoRA | None) -> tuple[LoRA, LoRA] | None:
+    """A and B, which come together or not at all."""
+    return None if a is None or b is None else (a, b)
+
+
+def _gathered(adapter: LoRA, value: jax.Array) -> jax.Array:
+    """What was made of one layer of an adapter tensor, with the dims of that, whole."""
+    return gathered(value, adapter.get_metadata()["axes"][1:])
 
 
 # Contracts "in" where the weight has it, last: `ragged_dot` would want a transposed copy of every expert.

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-Array = Any
+Array = Any  # numpy's or JAX's: to name JAX's would import it
 BLOCK = 64
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -72,7 +72,8 @@ def decode(held: dict[str, Array], kind: str, inside: int, xp: ModuleType = np) 
 
 def round_trip(w_OI: np.ndarray, kind: str, block: int) -> np.ndarray:
     """What a run computed with in place of this weight: rows of a checkpoint's matrix, any number of them."""
-    return decode(encode(w_OI, kind, 1, block=block), kind, 1)
+    rounded: np.ndarray = decode(encode(w_OI, kind, 1, block=block), kind, 1)
+    return rounded
 
 
 def _values(codes: Array, xp: ModuleType) -> Array:

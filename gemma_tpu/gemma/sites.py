@@ -6,7 +6,7 @@ type that silently gets no adapter is how published recipes went wrong.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from gemma_tpu.gemma.variants import Block
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Ours -> the checkpoint's names. Where K and V are one tensor, its adapter holds an A for K and an A for V.
 NAMES = {"kv_einsum": ("k_proj", "v_proj"), "k_einsum": ("k_proj",)}
+
+
+Matcher = Callable[[str, "Site"], bool]  # whether a target means a site
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Site:
 
     @property
     def _letters(self) -> tuple[str, str, str]:
-        return ("E", "O", "I") if self.of_experts else weight_letters(self.projection.equation)
+        one = self.projection
+        return ("E", "O", "I") if isinstance(one, ExpertProjection) else weight_letters(one.equation)
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
         stack, _, inside = self._dims()
@@ -72,9 +76,9 @@ class Site:
         return (self.block.repeats, *self._dims()[0])
 
     def _dims(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        letters = self._letters
-        dims = iter(self.projection.w.shape[1:])
-        return tuple(tuple(next(dims) for _ in group) for group in letters)  # type: ignore[return-value]
+        (stack, out, _), dims = self._letters, self.projection.w.shape[1:]
+        inside = len(stack) + len(out)
+        return dims[: len(stack)], dims[len(stack) : inside], dims[inside:]
 
     @property
     def fan_in(self) -> int:
@@ -107,7 +111,7 @@ def select(model: Decoder, targets: str | Sequence[str], exclude: Sequence[str] 
     every = list(sites(model))
     if isinstance(targets, str):
         targets = ALL if targets == "all" else (targets,)
-        match = _regex_matcher
+        match: Matcher = _regex_matcher
     else:
         match = _name_matcher
     hits = {target: [site for site in every if match(target, site)] for target in targets}
@@ -151,7 +155,7 @@ def _hf_paths(site: Site) -> list[str]:
     return [f"layers.{i}.{part}{name}" for i in site.layers for name in site.hf_names]
 
 
-def _in_part(site: Site, targets: Sequence[str], match) -> bool:
+def _in_part(site: Site, targets: Sequence[str], match: Matcher) -> bool:
     """Do the targets name some of the checkpoint's tensors that this site stands for, but not all of them?"""
     if match is _regex_matcher:
         if any(re.search(target, site.path) for target in targets):

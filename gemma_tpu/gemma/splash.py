@@ -4,7 +4,7 @@ The kernel is one device's: it runs inside shard_map, over this device's rows an
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def splash(
     repeat = repeats(k_BTKH.shape[2], q_BTNH.shape[2], shards)
     if repeat > 1:  # fewer KV heads than devices that split heads: each gets the one its queries look at
         k_BTKH, v_BTKH = jnp.repeat(k_BTKH, repeat, axis=2), jnp.repeat(v_BTKH, repeat, axis=2)
-    run = functools.partial(
+    run: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = functools.partial(
         _one_device, window=window, interpret=interpret, heads=q_BTNH.shape[2] // shards
     )
     q_BNTH, k_BKTH, v_BKTH = ((x.swapaxes(1, 2)) for x in (q_BTNH * scale, k_BTKH, v_BTKH))
@@ -59,13 +59,20 @@ def repeats(kv_heads: int, heads: int, shards: int) -> int:
     return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % shards == 0)
 
 
-def _one_device(q_BNTH, k_BKTH, v_BKTH, segments_BT, *, window, interpret, heads):
+def _one_device(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array, *, window: int | None,
+    interpret: bool, heads: int,
+) -> jax.Array:  # fmt: skip
     tokens = q_BNTH.shape[2]
     made = _kernel(heads, tokens, window, interpret)
-    return jax.vmap(lambda q, k, v, s: made(q, k, v, kernel.SegmentIds(s, s)))(q_BNTH, k_BKTH, v_BKTH, segments_BT)
+
+    def of_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, segments_T: jax.Array) -> jax.Array:
+        return made(q_NTH, k_KTH, v_KTH, kernel.SegmentIds(segments_T, segments_T))
+
+    return jax.vmap(of_row)(q_BNTH, k_BKTH, v_BKTH, segments_BT)
 
 
-def _kernel(heads: int, tokens: int, window: int | None, interpret: bool):
+def _kernel(heads: int, tokens: int, window: int | None, interpret: bool) -> Callable[..., jax.Array]:
     shape = (tokens, tokens)
     # A window of W sees the query itself and the W - 1 tokens before it.
     mask = masks.CausalMask(shape) if window is None or window >= tokens else masks.LocalMask(shape, (window - 1, 0), 0)
@@ -74,7 +81,8 @@ def _kernel(heads: int, tokens: int, window: int | None, interpret: bool):
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    return kernel.make_splash_mha(
+    made: Callable[..., jax.Array] = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name=NAME, interpret=interpret,
     )  # fmt: skip
+    return made

@@ -11,7 +11,6 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.gemma.weights import Entry, by_path, check
 from gemma_tpu.storage.shards import Checkpoint
 
+Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]  # [low, high) of every dim of a variable
 Encoder = Callable[[jax.Array], dict[str, jax.Array]]  # a piece, along its first dim, into parts along theirs
 Route = tuple[NamedSharding, ...]  # read as the first, then moved from each to the next; the last is what is wanted
@@ -125,7 +125,8 @@ def _plans(
         entry, shape = table[path][0], tuple(variable.shape)
         stored = checkpoint.info(entry.hf).dtype.itemsize
         route = _route(entry, shape, shardings[path], stored)
-        platforms = {device.platform for device in route[0].device_set}
+        devices: set[jax.Device] = route[0].device_set
+        platforms = {device.platform for device in devices}
         step = shape[0]
         if entry.index and not (len(route) == 1 and platforms <= TAKES_OVER and path not in encoders):
             repeat = sum(map(_elements, _places(route[0], (1, *shape[1:])))) * variable.dtype.itemsize
@@ -166,10 +167,8 @@ def _route(entry: Entry, shape: tuple[int, ...], wanted: NamedSharding, itemsize
 
 def _touched(sharding: NamedSharding, shape: tuple[int, ...], columns: int) -> int:
     """Elements that all hosts read together: the rows, each whole, that any of a host's devices wants a part of."""
-    rows = {
-        (device.process_index, _bounds(index, shape)[:columns])
-        for device, index in sharding.devices_indices_map(shape).items()
-    }
+    indices: Mapping[jax.Device, Index] = sharding.devices_indices_map(shape)
+    rows = {(device.process_index, _bounds(index, shape)[:columns]) for device, index in indices.items()}
     return sum(_elements(bounds) for _, bounds in rows) * math.prod(shape[columns:])
 
 
@@ -221,7 +220,7 @@ def _along(piece: jax.Array, route: Route) -> jax.Array:
     return piece
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def _bounds(index: Index, shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
@@ -229,6 +228,7 @@ def _places(sharding: NamedSharding, shape: tuple[int, ...], start: int = 0) -> 
     """The parts of a variable, or of a piece that starts there, that this host's devices hold; each with those."""
     places: dict[Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, "every device of a NamedSharding holds a part"
         (low, high), *rest = _bounds(index, shape)
         places.setdefault(((low + start, high + start), *rest), []).append(device)
     return places
@@ -238,7 +238,7 @@ def _elements(bounds: Bounds) -> int:
     return math.prod(high - low for low, high in bounds)
 
 
-def _pages(shape: list[int], dtype: Any) -> np.ndarray:
+def _pages(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """Memory that a CPU device takes over as it stands: it would copy what is aligned to less than 64 bytes.
 
     numpy asks for huge pages, and beside a page cache full of weight files the kernel takes longer to clear room
@@ -246,12 +246,13 @@ def _pages(shape: list[int], dtype: Any) -> np.ndarray:
     """
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    array: np.ndarray = np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    return array
 
 
 def _slices(
     entry: Entry, shards: Mapping[Bounds, np.ndarray]
-) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+) -> Iterator[tuple[Index, np.ndarray]]:
     """What the shards need of one tensor, as slices of the checkpoint's matrix, each with the array it fills."""
     lead = len(entry.index)
     for bounds, shard in shards.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_tpu.errors import UserError
-from gemma_tpu.gemma.variants import Architecture, Layer
+from gemma_tpu.gemma.variants import Architecture, Experts, Layer
 from gemma_tpu.storage.shards import Checkpoint
 
 STORED = ("bfloat16", "float32", "float16", "float64")  # a quantised file needs scales that are not applied here
@@ -63,6 +63,11 @@ def _moe(a: Architecture, n: Layer) -> bool:
     return n.experts is not None
 
 
+def _experts(n: Layer) -> Experts:
+    assert n.experts is not None, "rows of experts are for the layers that `_moe` finds"
+    return n.experts
+
+
 def _ple(a: Architecture, n: Layer) -> bool:
     return a.per_layer_input > 0
 
@@ -87,13 +92,13 @@ LAYER: tuple[Row, ...] = (
     Row("pre_feedforward_layernorm.weight", "pre_mlp_norm.w", _hidden),
     Row("post_feedforward_layernorm.weight", "post_mlp_norm.w", _hidden),
     Row("layer_scalar", "layer_scalar", lambda a, n: (1,), when=lambda a, n: a.layer_scalar),
-    Row("router.proj.weight", "experts.router", lambda a, n: (n.experts.count, a.hidden), when=_moe),
+    Row("router.proj.weight", "experts.router", lambda a, n: (_experts(n).count, a.hidden), when=_moe),
     Row("router.scale", "experts.router_scale", _hidden, when=_moe),
-    Row("router.per_expert_scale", "experts.expert_scale", lambda a, n: (n.experts.count,), when=_moe),
+    Row("router.per_expert_scale", "experts.expert_scale", lambda a, n: (_experts(n).count,), when=_moe),
     Row("experts.gate_up_proj", "experts.gate_up_proj.w",
-        lambda a, n: (n.experts.count, 2 * n.experts.mlp, a.hidden), 2, when=_moe),
+        lambda a, n: (_experts(n).count, 2 * _experts(n).mlp, a.hidden), 2, when=_moe),
     Row("experts.down_proj", "experts.down_proj.w",
-        lambda a, n: (n.experts.count, a.hidden, n.experts.mlp), 2, when=_moe),
+        lambda a, n: (_experts(n).count, a.hidden, _experts(n).mlp), 2, when=_moe),
     Row("post_feedforward_layernorm_1.weight", "dense_norm.w", _hidden, when=_moe),
     Row("pre_feedforward_layernorm_2.weight", "pre_experts_norm.w", _hidden, when=_moe),
     Row("post_feedforward_layernorm_2.weight", "post_experts_norm.w", _hidden, when=_moe),

@@ -58,8 +58,9 @@ def licence_of(base: Checkpoint) -> str | None:
             said = yaml.safe_load(front[1])
         except yaml.YAMLError:
             said = None
-        if isinstance(said, dict) and isinstance(said.get("license"), str):
-            return said["license"]
+        licence = said.get("license") if isinstance(said, dict) else None
+        if isinstance(licence, str):
+            return licence
     family = str(base.config.get("model_type", ""))
     return "apache-2.0" if family.startswith("gemma4") else "gemma" if family.startswith("gemma") else None
 

@@ -85,4 +85,5 @@ def _logits(model: Any, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> np.nd
 
     with torch.no_grad():
         found = model(torch.tensor(tokens_BT), attention_mask=torch.tensor(segments_BT)).logits
-    return found.float().numpy()[segments_BT > 0]
+    real: np.ndarray = found.float().numpy()[segments_BT > 0]
+    return real

@@ -1,5 +1,7 @@
 """What differs between two checkpoints, and by how many representable numbers two arrays are apart."""
 
+from typing import TypedDict
+
 import ml_dtypes
 import numpy as np
 
@@ -7,23 +9,28 @@ from gemma_tpu.storage.shards import Checkpoint
 
 _BLOCK_ELEMENTS = 4 << 20
 # float dtype -> (its bits as a signed integer, an integer that holds any distance)
-_BITS = {
+_BITS: dict[np.dtype, tuple[type[np.signedinteger], type[np.signedinteger]]] = {
     np.dtype(ml_dtypes.bfloat16): (np.int16, np.int32),
     np.dtype(np.float16): (np.int16, np.int32),
     np.dtype(np.float32): (np.int32, np.int64),
 }
 
 
-def compare(a: Checkpoint, b: Checkpoint) -> dict:
-    """Compares every tensor of two checkpoints, in blocks.
+class Difference(TypedDict):
+    """Names of tensors."""
 
-    identical: names whose dtype, shape and bytes are equal. changed: {name: max |a - b|} for equal dtype and
-    shape, NaN where either side holds one. reshaped: names whose dtype or shape differ. missing: in a alone.
-    extra: in b alone.
-    """
+    identical: list[str]  # dtype, shape and bytes are equal
+    changed: dict[str, float]  # the largest |a - b|, for equal dtype and shape; NaN where either side holds one
+    reshaped: list[str]  # dtype or shape differ
+    missing: list[str]  # in a alone
+    extra: list[str]  # in b alone
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> Difference:
+    """Compares every tensor of two checkpoints, in blocks."""
     names_a, names_b = set(a.names()), set(b.names())
-    result = {"identical": [], "changed": {}, "reshaped": [],
-              "missing": sorted(names_a - names_b), "extra": sorted(names_b - names_a)}
+    result: Difference = {"identical": [], "changed": {}, "reshaped": [],
+                          "missing": sorted(names_a - names_b), "extra": sorted(names_b - names_a)}  # fmt: skip
     for name in sorted(names_a & names_b):
         one, other = a.info(name), b.info(name)
         if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -69,6 +76,6 @@ def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         signed = np.ascontiguousarray(array).view(bits).astype(wide)
         return np.where(signed < 0, np.iinfo(bits).min - signed, signed)
 
-    distance = np.abs(rank(x) - rank(y))
+    distance: np.ndarray = np.abs(rank(x) - rank(y))
     distance[np.isnan(x) | np.isnan(y)] = np.iinfo(wide).max
     return distance

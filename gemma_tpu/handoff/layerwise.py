@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from flax import nnx
 from gemma_tpu.adapter import lora
 from gemma_tpu.adapter.adapters import Trained
 from gemma_tpu.gemma import loading, quantise, weights
-from gemma_tpu.gemma.model import Context, Decoder, restart_positions, softcap
+from gemma_tpu.gemma.model import Context, Decoder, DecoderLayer, restart_positions, softcap
 from gemma_tpu.gemma.sites import sites
+from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.gemma.weights import Entry
 from gemma_tpu.storage.shards import Checkpoint
 
 HEAD_ROWS = 1 << 14  # of the vocabulary at a time
+M = TypeVar("M", bound=nnx.Module)
 Change = Callable[[str, np.ndarray], np.ndarray]
 
 
@@ -53,10 +56,10 @@ class Side:
 
     def layers(self, tokens_BT: np.ndarray, segments_BT: np.ndarray) -> Iterator[jax.Array]:
         """What stands on the residual stream after the embedding and after each layer, then after the final norm."""
-        arch, segments_BT = self.model.arch, jnp.asarray(segments_BT)
-        ctx = (segments_BT, restart_positions(segments_BT))
-        ids, compact_BT = np.unique(tokens_BT, return_inverse=True)
-        compact_BT = jnp.asarray(compact_BT.reshape(tokens_BT.shape))
+        arch, seen_BT = self.model.arch, jnp.asarray(segments_BT)
+        ctx = (seen_BT, restart_positions(seen_BT))
+        ids, places = np.unique(tokens_BT, return_inverse=True)
+        compact_BT = jnp.asarray(places.reshape(tokens_BT.shape))
         x_BTD = self._module(self.model.embed, "embed", rows=ids)(compact_BT)
         yield x_BTD
         per_layer_BTLP = None
@@ -83,10 +86,13 @@ class Side:
             parts.append(np.asarray(softcap(x_ND @ w_VD.T, arch.logit_softcap)))
         return np.concatenate(parts, axis=1)
 
-    def _module(self, module: nnx.Module, prefix: str, rows: np.ndarray | None = None) -> nnx.Module:
-        return nnx.merge(*self._filled(module, prefix, rows=rows))
+    def _module(self, module: M, prefix: str, rows: np.ndarray | None = None) -> M:
+        filled: M = nnx.merge(*self._filled(module, prefix, rows=rows))
+        return filled
 
-    def _filled(self, module: nnx.Module, prefix: str, repeat: int | None = None, rows: np.ndarray | None = None):
+    def _filled(
+        self, module: M, prefix: str, repeat: int | None = None, rows: np.ndarray | None = None
+    ) -> tuple[nnx.GraphDef[M], nnx.State[Any, Any]]:
         """The module's graph, and its state with the values of one repeat, or with those rows of its table alone."""
         graph, state = nnx.split(module)
         flat = []
@@ -107,8 +113,8 @@ class Side:
             if repeat is None or entry.index[0] == repeat:
                 index = entry.index if repeat is None else entry.index[1:]
                 out[index] = self.change(entry.hf, self._tensor(entry)).reshape(entry.shape)
-        if (inside := self.inputs.get(name)) is not None:
-            return quantise.decode(quantise.encode(out, self.quantised, inside), self.quantised, inside)
+        if self.quantised is not None and (inside := self.inputs.get(name)) is not None:
+            out = quantise.decode(quantise.encode(out, self.quantised, inside), self.quantised, inside)
         return out
 
     def _tensor(self, entry: Entry) -> np.ndarray:
@@ -118,14 +124,18 @@ class Side:
 
     def _rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         if name in self.values:
-            return self.values[name][rows]
+            here: np.ndarray = self.values[name][rows]
+            return here
         hf, (low, high) = self.table[name][0].hf, (int(rows[0]), int(rows[-1]) + 1)
         if high - low == len(rows):
-            return self.checkpoint.read(hf, slice(low, high)).astype(np.float32)
-        return np.concatenate([self.checkpoint.read(hf, slice(int(r), int(r) + 1)) for r in rows]).astype(np.float32)
+            read = self.checkpoint.read(hf, slice(low, high))
+        else:
+            read = np.concatenate([self.checkpoint.read(hf, slice(int(r), int(r) + 1)) for r in rows])
+        wide: np.ndarray = read.astype(np.float32)
+        return wide
 
 
-def _place(arch, number: int) -> tuple[int, int, int]:
+def _place(arch: Architecture, number: int) -> tuple[int, int, int]:
     """(block, slot, repeat) of a layer"""
     for b, block in enumerate(arch.blocks):
         count = len(block.period) * block.repeats
@@ -136,6 +146,6 @@ def _place(arch, number: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _run(graph):
+def _run(graph: nnx.GraphDef[DecoderLayer]) -> jax.stages.Wrapped:
     """One compile for each kind of layer."""
     return jax.jit(lambda state, x, ctx, kv, part: nnx.merge(graph, state)(x, Context(*ctx), None, kv, None, part))

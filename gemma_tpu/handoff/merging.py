@@ -5,7 +5,8 @@ from the checkpoint. The base's own shards, names and index are kept; tensors th
 for byte; K and V, which train as one kv_einsum tensor, go back to the two tensors that they are in the file.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,32 +56,51 @@ def merge(
             raise UserError("give a run, or a checkpoint with its layout, not both")
         if onto != "original":
             raise UserError(f"--onto {onto} is about runs on a quantised base; leave it out")
-        where, updates, about = _foreign(checkpoint, layout, base, out, rank, alpha)
-        target, overwrite, what = out, bool(overwrite), restore_url(checkpoint)
+        work = _foreign(checkpoint, layout, base, out, rank, alpha)
     else:
         if run_dir is None:
             raise UserError("give a run folder, or a checkpoint with its layout")
         if rank is not None or alpha is not None:
             raise UserError("rank and alpha of a run stand in its checkpoint: leave them out")
-        trained = adapters.read(run_dir, step)
-        where = open_base(trained, base)
-        updates = updates_of(trained, loading.architecture(where), onto)
-        about = card.of_run(trained.run, trained.step, trained.record)
-        target = RunFolder(Path(run_dir)).merged if out is None else out
-        overwrite = out is None if overwrite is None else overwrite
-        what = f"step {trained.step} of {trained.run}"
-        if trained.quantised:
-            what += f" onto the {onto} weights (in training they were {trained.quantised})"
-    report = _write(where, target, updates, about, overwrite, max_shard_size)
-    _say(report, what)
+        work = _of_run(run_dir, base, out, step, onto)
+    report = _write(work, work.replaces if overwrite is None else overwrite, max_shard_size)
+    _say(report, work.what)
     if push is not None:
-        _push(push, target)
+        _push(push, work.out)
     figures = {
         "out": report.out, "tensors_changed": report.tensors_changed, "tensors_copied": report.tensors_copied,
         "bytes": report.bytes, "peak_rss_mib": round(report.peak_rss_mib, 1), "seconds": round(report.seconds, 3),
         "left_out": report.left_out, "resumed": report.resumed,
     }  # fmt: skip
-    return figures | ({} if checkpoint is not None else {"step": trained.step}) | ({"pushed": push} if push else {})
+    return figures | ({} if work.step is None else {"step": work.step}) | ({"pushed": push} if push else {})
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One merge: what goes into which base, and where the result goes."""
+
+    base: Checkpoint
+    updates: Mapping[str, Update]
+    about: dict[str, Any]  # for the card
+    out: str | Path
+    what: str  # in words
+    replaces: bool = False  # an earlier merge of the same run
+    step: int | None = None
+
+
+def _of_run(
+    run_dir: str | Path, base: str | Path | None, out: str | Path | None, step: int | None, onto: Onto
+) -> _Work:
+    trained = adapters.read(run_dir, step)
+    where = open_base(trained, base)
+    updates = updates_of(trained, loading.architecture(where), onto)
+    what = f"step {trained.step} of {trained.run}"
+    if trained.quantised:
+        what += f" onto the {onto} weights (in training they were {trained.quantised})"
+    about = card.of_run(trained.run, trained.step, trained.record)
+    if out is None:
+        return _Work(where, updates, about, RunFolder(Path(run_dir)).merged, what, True, trained.step)
+    return _Work(where, updates, about, out, what, False, trained.step)
 
 
 def open_base(trained: Trained, base: str | Path | None) -> Checkpoint:
@@ -104,7 +124,7 @@ def export_adapter(
         raise UserError(f"{run_dir} has trained every weight: there is no adapter to export; merge it")
     checkpoint = open_base(trained, base)
     arch = loading.architecture(checkpoint)
-    updates = updates_of(trained, arch)
+    updates = lora_updates(trained, arch)
     if reader and any(name.endswith(weights.EXPERTS) for name in updates):
         raise UserError(f"{run_dir} has adapters on experts, which {reader} does not take: merge them")
     both = peft_folder.without_v(updates, arch)
@@ -121,11 +141,16 @@ def export_adapter(
             "alpha": config["lora_alpha"], "form": "native" if native else reader or "portable"}  # fmt: skip
 
 
-def updates_of(trained: Trained, arch: Architecture, onto: Onto = "original") -> dict[str, Update]:
+def lora_updates(trained: Trained, arch: Architecture) -> dict[str, LowRank]:
+    """A run's adapter by the tensors of the checkpoint that it is for."""
+    wide = {hf: (one, *one.wide) for hf, one in trained.by_tensor(arch).items()}
+    return {hf: LowRank(b=b, a=a, scale=one.scale, magnitude=one.magnitude) for hf, (one, a, b) in wide.items()}
+
+
+def updates_of(trained: Trained, arch: Architecture, onto: Onto = "original") -> Mapping[str, Update]:
     """What happens to which tensor of the checkpoint; raises if anything that was trained finds no place."""
     if trained.is_lora:
-        wide = {hf: (one, *one.wide) for hf, one in trained.by_tensor(arch).items()}
-        low = {hf: LowRank(b=b, a=a, scale=one.scale, magnitude=one.magnitude) for hf, (one, a, b) in wide.items()}
+        low = lora_updates(trained, arch)
         return low if onto == "original" else _onto_dequantised(trained, arch, low)
     values, table = trained.numpy(), weights.by_path(arch)
     if unused := sorted(set(values) - set(table)):
@@ -137,11 +162,11 @@ def updates_of(trained: Trained, arch: Architecture, onto: Onto = "original") ->
     }
 
 
-def _onto_dequantised(trained: Trained, arch: Architecture, low: dict[str, LowRank]) -> dict[str, Update]:
+def _onto_dequantised(trained: Trained, arch: Architecture, low: dict[str, LowRank]) -> dict[str, LowRank]:
     """The same updates of the weights that the run saw, and those weights too where it has no adapter."""
     if trained.quantised is None:
         raise UserError(f"{trained.run} was trained on the base as it is: there is nothing to dequantise")
-    found: dict[str, Update] = {}
+    found = {}
     for hf, entry in weights.lora_entries(arch).items():
         *experts, out, inside = entry.hf_shape
         nothing = LowRank(np.zeros((*experts, out, 0), np.float32), np.zeros((*experts, 0, inside), np.float32), 0.0)
@@ -152,36 +177,39 @@ def _onto_dequantised(trained: Trained, arch: Architecture, low: dict[str, LowRa
 def _foreign(
     checkpoint: str | Path | None, kind: str | None, base: str | Path | None, out: str | Path | None,
     rank: int | None, alpha: float | None,
-) -> tuple[Checkpoint, dict[str, Update], dict[str, Any]]:  # fmt: skip
-    """(the base, the updates, what the card says) of a checkpoint that is not ours."""
+) -> _Work:  # fmt: skip
+    """Of a checkpoint that is not ours."""
     missing = [name for name, value in (("checkpoint", checkpoint), ("layout", kind), ("base", base), ("out", out))
                if value is None]  # fmt: skip
     missing += [name for name, value in (("rank", rank), ("alpha", alpha)) if kind == "tunix" and value is None]
     if missing:
         raise UserError(f"a checkpoint of another tool needs --{', --'.join(missing)} too")
+    assert checkpoint is not None and base is not None and out is not None
     if kind not in LAYOUTS:
         raise UserError(f"layout {kind!r} must be one of {', '.join(LAYOUTS)}")
     where = open_checkpoint(base)
     arch = loading.architecture(where)
-    about = {"base": restore_url(base), "method": "lora", "version": None}
+    about: dict[str, Any] = {"base": restore_url(base), "method": "lora", "version": None}
+    what = restore_url(checkpoint)
     if kind == "peft":
         if rank is not None or alpha is not None:
             raise UserError("rank and alpha of a PEFT adapter stand in its adapter_config.json: leave them out")
-        return where, peft_folder.read(checkpoint, where, arch).parts, about
+        return _Work(where, peft_folder.read(checkpoint, where, arch).parts, about, out, what)
+    assert rank is not None and alpha is not None
     if rank < 1 or not alpha > 0:
         raise UserError(f"rank ({rank}) must be at least 1 and alpha ({alpha}) above 0")
     tensors, others = tunix.read(checkpoint)
     if others:
         say(f"note: {len(others)} tensors of {checkpoint} are no adapter and are not merged: {', '.join(others[:5])} …")
     about["figures"] = {"rank": rank, "alpha": alpha}
-    return where, tunix.updates_of(tensors, where, arch, rank=rank, alpha=alpha), about
+    return _Work(where, tunix.updates_of(tensors, where, arch, rank=rank, alpha=alpha), about, out, what)
 
 
-def _write(base: Checkpoint, out: str | Path, updates: dict[str, Update], about: dict[str, Any], overwrite: bool,
-           max_shard_size: str | None) -> PatchReport:  # fmt: skip
+def _write(work: _Work, overwrite: bool, max_shard_size: str | None) -> PatchReport:
     size = None if max_shard_size is None else layout.parse_size(max_shard_size)
-    with Transfer("merged", base.source) as transfer:
-        return write_patched(base, out, updates, overwrite=overwrite, extra=card.files(base, about, len(updates)),
+    told = card.files(work.base, work.about, len(work.updates))
+    with Transfer("merged", work.base.source) as transfer:
+        return write_patched(work.base, work.out, work.updates, overwrite=overwrite, extra=told,
                              max_shard_bytes=size, progress=transfer.update)  # fmt: skip
 
 

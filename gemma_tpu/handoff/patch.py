@@ -14,13 +14,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from gemma_tpu.adapter import updates
 from gemma_tpu.adapter.updates import Edit, LowRank, Replace, TensorChange, Update
@@ -39,6 +41,8 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "
                 "flax_model*", "adapter_model*", "*.gguf", "*.pt", "*.pth", "*.onnx")
 _BOOKKEEPING = (".git/", ".cache/")  # of the download; .git may hold every weight a second time
 Progress = Callable[[int, int], None]
+Done = tuple[str, np.ndarray, TensorChange | None]  # a tensor's name, a block of it, what was changed in the block
+Job = Callable[[], Done]
 
 
 @dataclass
@@ -115,8 +119,9 @@ def try_shard(base: Checkpoint, folder: Path, changes: Mapping[str, Update]) -> 
 def peak_rss_mib() -> float:
     """The most memory that this process has had resident, since it began."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
-        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    # getrusage would count what the parent held when it started this process; not every kernel has the line
+    text = status.read_text() if status.exists() else ""
+    if peak := re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE):
         return int(peak[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
@@ -237,7 +242,7 @@ class _Writer:
 
         self.place.write(shard.name, write)
 
-    def _jobs(self, shard: OutShard) -> Iterator[Callable]:
+    def _jobs(self, shard: OutShard) -> Iterator[Job]:
         """One job a block, in file order."""
         for info in shard.tensors:
             tensor = updates.Tensor(self.base, info, self.edits.get(info.name))
@@ -245,8 +250,8 @@ class _Writer:
                 yield partial(tensor.block, index)
 
 
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable], window: int) -> Iterator:
-    pending: deque = deque()
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Job], window: int) -> Iterator[Done]:
+    pending: deque[Future[Done]] = deque()
     try:
         for job in jobs:
             pending.append(pool.submit(job))

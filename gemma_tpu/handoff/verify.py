@@ -5,7 +5,9 @@ against base + adapter, layer by layer, so that memory is that of one layer; tra
 on the exported adapter, where they are installed and fit. A bound that is broken fails the command and says where.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma import loading
 from gemma_tpu.handoff import clients, difference, merging
-from gemma_tpu.handoff.layerwise import Side
+from gemma_tpu.handoff.layerwise import Change, Side
 from gemma_tpu.handoff.merging import Onto
 from gemma_tpu.run.metrics import say
 from gemma_tpu.run.runs import RunFolder
@@ -149,7 +151,7 @@ def _compare_logits(
     return together, alone
 
 
-def _rounded_otherwise(base: Checkpoint, edits: dict[str, updates.Edit]):
+def _rounded_otherwise(base: Checkpoint, edits: dict[str, updates.Edit]) -> Change:
     """The exact sums, each element rounded up or down by chance, the nearer the likelier."""
     draw = np.random.default_rng(0)
 
@@ -171,9 +173,11 @@ def _compare_clients(
     report: Report, beside: Side, merged: Checkpoint, together: np.ndarray, alone: np.ndarray, probe: Probe
 ) -> None:
     trained, base = beside.trained, beside.checkpoint
-    asked = {"transformers": (merged, alone, lambda: clients.transformers_logits(Path(merged.where), *probe))}
-    if trained.is_lora:
-        asked["peft"] = (base, together, lambda: clients.peft_logits(trained, base, *probe))
+    asked: dict[str, tuple[Checkpoint, np.ndarray, Callable[[], np.ndarray]]] = {
+        "transformers": (merged, alone, partial(clients.transformers_logits, Path(merged.where), *probe))
+    }
+    if trained is not None and trained.is_lora:
+        asked["peft"] = (base, together, partial(clients.peft_logits, trained, base, *probe))
     for name, (checkpoint, ours, compute) in asked.items():
         why = clients.unavailable(checkpoint, peft=name == "peft")
         if name == "peft" and beside.quantised:

@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -152,11 +152,11 @@ def of_devices(device_kind: str, count: int) -> Slice | None:
 
 def _unknown(name: str, wanted: str) -> str:
     every = slices()
-    chip, count = re.fullmatch(r"(.*?)(?:[-:x](\d+))?", wanted).groups()
+    counted = re.fullmatch(r"(.*)[-:x](\d+)", wanted, re.DOTALL)
+    chip, count = (counted[1], int(counted[2])) if counted else (wanted, 0)
     same = [one for one in every if chip in (one.chip.name.lower(), *one.chip.aliases)]
     if same:
-        size = int(count) if count else 0
-        near = sorted(same, key=lambda one: abs(one.chips * one.chip.name_counts - size))[:3]
+        near = sorted(same, key=lambda one: abs(one.chips * one.chip.name_counts - count))[:3]
         rule = _rule(near[0].chip)
     else:
         close = difflib.get_close_matches(wanted, [one.name.lower() for one in every], 3, 0.5)
@@ -207,7 +207,7 @@ def _topologies(value: Any) -> bool:
 
 # What a key of a chip must be: words for the error, and the check.
 _NUMBER, _WHOLE = "a number above 0", "an integer of at least 1"
-_KEYS = {
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a value must be, in words and as a check
     "kind": ("tpu or gpu", lambda value: value in ("tpu", "gpu")),
     "device_kind": ("text", lambda value: isinstance(value, str) and value != ""),
     **{key: (_NUMBER, _positive) for key in ("bf16_tflops", "hbm_gib", "hbm_gbs", "link_gbs")},

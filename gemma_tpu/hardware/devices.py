@@ -54,6 +54,14 @@ def cpu(count: int | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def setting(name: str) -> str | None:
+    """One of JAX's own settings; its config makes them as attributes that no type knows."""
+    import jax
+
+    value: str | None = getattr(jax.config, name)
+    return value
+
+
 class CompileCache:
     """Compiled programs on disk (or in a bucket): a run that starts again, on spot say, does not compile again.
 
@@ -63,10 +71,10 @@ class CompileCache:
     def __init__(self, folder: str | None):
         import jax
 
-        if jax.config.jax_compilation_cache_dir is None and folder is not None:
+        if setting("jax_compilation_cache_dir") is None and folder is not None:
             local = "://" not in folder
             jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if local else folder)
-        self.folder: str | None = jax.config.jax_compilation_cache_dir
+        self.folder = setting("jax_compilation_cache_dir")
         self._hits = 0
         jax.monitoring.register_event_listener(self._note)
 

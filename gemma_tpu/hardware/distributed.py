@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.hardware import devices
 from gemma_tpu.schema import DistributedConfig
 
 _BEAT = "gemma_tpu/beat/"
@@ -44,7 +45,7 @@ def start(section: DistributedConfig) -> None:
                         "(or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none of them")  # fmt: skip
     if missing and not _on_tpu():
         return
-    if not missing and process >= processes:
+    if process is not None and processes is not None and process >= processes:
         raise UserError(f"distributed.process ({process}) must be below distributed.processes ({processes})")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would swallow a SIGTERM that comes before the loop listens for one.
@@ -83,9 +84,8 @@ def _number(value: int | None, variable: str) -> int | None:
 
 def _on_tpu() -> bool:
     """Only there is JAX asked to find the other hosts of a pod by itself: elsewhere it would wait for a server."""
-    import jax
-
-    if jax.config.jax_platforms and "tpu" not in jax.config.jax_platforms:
+    platforms = devices.setting("jax_platforms")
+    if platforms and "tpu" not in platforms:
         return False
     return any(any(Path("/dev").glob(pattern)) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
 
@@ -99,7 +99,7 @@ def _client() -> Any:
 def count() -> int:
     import jax
 
-    return jax.process_count()
+    return int(jax.process_count())
 
 
 def is_first() -> bool:
@@ -131,8 +131,8 @@ class Agreement:
     next step's, so that no host waits for another and all act on it at the same step."""
 
     def __init__(self) -> None:
-        self._pending: Any = None
-        self._most: Callable | None = None
+        self._pending: Any = None  # of the step before, as a jax.Array, which no name may load here
+        self._most: Callable[[Any], Any] | None = None
 
     def step(self, values: Sequence[int]) -> list[int]:
         """What was agreed in the step before, and this host's own word for the next."""
@@ -164,7 +164,8 @@ class Agreement:
     def _read(found: Any) -> list[int]:
         import jax
 
-        return jax.device_get(found).tolist()
+        said: list[int] = jax.device_get(found).tolist()
+        return said
 
 
 class Watch:
@@ -271,7 +272,7 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:
         if _watch is not None:
-            _leave(error)
+            _leave(_watch, error)
         raise
     if _watch is not None:
         _watch.say_last(_DONE)
@@ -282,7 +283,7 @@ _LOST = ("Gloo", "Connection closed by peer", "Connection reset", "UNAVAILABLE",
          "heartbeat")  # fmt: skip
 
 
-def _leave(error: BaseException) -> None:
+def _leave(watch: "Watch", error: BaseException) -> None:
     known = isinstance(error, UserError | RunError | KeyboardInterrupt)
     if not known and any(word in str(error) for word in _LOST):
         time.sleep(2 * _INTERVAL)  # the heartbeat may know more: a host that stopped for a reason has said it
@@ -292,7 +293,7 @@ def _leave(error: BaseException) -> None:
     first, code = str(error).splitlines()[0:1] or [type(error).__name__], 2 if isinstance(error, UserError) else 1
     print(f"error: {error}", file=sys.stderr, flush=True)
     try:
-        _watch.say_last(_FAILED + first[0])
+        watch.say_last(_FAILED + first[0])
     finally:
         time.sleep(3 * _INTERVAL)  # host 0 holds the store that the others read the reason from
         _exit(code)

@@ -5,12 +5,13 @@ chips use at the same time: on a 2x2 slice the plain order of the devices crosse
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 Place = tuple[int, ...]  # x, y, z of the chip, and the core on it
+Key = Callable[[int], tuple[int, ...]]  # what to sort by, of the number of a device
 
 
 def arrange(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
@@ -32,11 +33,11 @@ def _orders(places: list[Place]) -> Iterator[list[int]]:
         yield sorted(range(len(places)), key=order(places))
 
 
-def _counting(axes: tuple[int, ...]):
+def _counting(axes: tuple[int, ...]) -> Callable[[list[Place]], Key]:
     return lambda places: lambda i: (*(places[i][axis] for axis in axes), places[i][3])
 
 
-def _closed_walk(places: list[Place]):
+def _closed_walk(places: list[Place]) -> Key:
     """Out along a snake through all chips of x > 0, back along those of x = 0; y and z are one long line."""
     width, height = (1 + max(place[axis] for place in places) for axis in (0, 1))
 

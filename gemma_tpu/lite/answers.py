@@ -73,10 +73,9 @@ class Form:
 
     def _whole(self, choice: Choice) -> dict[str, Any]:
         logprobs = self._logprobs(choice)
+        said: dict[str, Any] = {"text": (choice.echo or "") + choice.text}
         if self._chat:
             said = {"message": {"role": "assistant", "content": choice.text}}
-        else:
-            said = {"text": (choice.echo or "") + choice.text}
         return {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": choice.finish}
 
     def first(self, choice: Choice) -> dict[str, Any] | None:
@@ -91,7 +90,7 @@ class Form:
         """The chunk for new text; None where there is nothing to say."""
         if not text and choice.finish is None:
             return None
-        said = {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
+        said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
         return self._chunk(choice.index, said, self._logprobs(choice), choice.finish)
 
     def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -125,7 +124,7 @@ class Form:
         listed = [_listed(*one, count) for one in zip(tokens, logprobs, tops, strict=True)]
         if self._chat:
             return {"content": [self._entry(token, logprob) | {"top_logprobs": [self._entry(*pair) for pair in
-                                list(top.items())[:count]]}
+                                list((top or {}).items())[:count]]}
                                 for token, logprob, top in zip(tokens, logprobs, listed, strict=True)]}  # fmt: skip
         texts, offsets = [self._words(token) for token in tokens], []
         for text in texts:
@@ -142,7 +141,7 @@ class Form:
             found[text] = max(logprob, found.get(text, logprob))
         return found
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._words(token)
         # Half a character: its bytes are not those of the sign that stands for it.
         return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else list(text.encode())}

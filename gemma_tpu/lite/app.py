@@ -200,8 +200,9 @@ class Answer(Response):
                 yield choice, text
 
     def _note(self, choices: Sequence[Choice]) -> None:
-        ask = choices[0].ask
-        self._served.engine.metrics.answered(choices[-1].finish, ask.arrived, ask.began, ask.first, time.monotonic())
+        ask, finish = choices[0].ask, choices[-1].finish
+        assert finish is not None and ask.began is not None  # all have ended
+        self._served.engine.metrics.answered(finish, ask.arrived, ask.began, ask.first, time.monotonic())
 
 
 class _Nothing(Response):
@@ -315,7 +316,8 @@ class _Guarded:
                 raise ClientDisconnect from error
 
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         try:
             await self._app(scope, receive, sent)
         except ClientDisconnect:

@@ -147,7 +147,7 @@ class Batch:
         for somebody waits."""
         keep_B = np.array([not (sample and sample.over) for sample in self._slots])
         for slot in np.flatnonzero(~keep_B):
-            self._free(slot)
+            self._free(int(slot))
         before = [sample.ask.likeliest if sample else False for sample in self._slots]
         stored_of = self._begin()
         look = any(sample.ask.likeliest for sample in self.running)
@@ -162,7 +162,8 @@ class Batch:
         """Samples of stored prompts into free slots: which slot begins which stored prompt."""
         slots = self.device.slots
         row_B, stored_B, limit_B = np.zeros((3, slots), np.int32)
-        key_B2, begun = np.zeros((slots, 2), np.uint32), {}
+        key_B2 = np.zeros((slots, 2), np.uint32)
+        begun: dict[int, int] = {}
         free = deque(slot for slot, sample in enumerate(self._slots) if sample is None)
         for place, ask in enumerate(self._stored):
             while ask and ask.waiting and free:
@@ -199,6 +200,7 @@ class Batch:
         for slot, sample in enumerate(self._slots):
             if sample and sample.ask.likeliest:
                 top, place = (new, begun[slot]) if slot in begun else (old, slot)
+                assert top is not None  # it was made above for the likes of this slot
                 found[slot] = dict(zip(top.ids_XN[place].tolist(), top.logprobs_XN[place].tolist(), strict=True))
         return found
 

@@ -100,7 +100,7 @@ class Engine:
             self.state = "ready"
             self._changed.notify_all()
 
-    def _note(self, event: str, seconds: float, **_: object) -> None:
+    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
         """Whatever this thread has compiled after that."""
         if event == _COMPILED and threading.current_thread() is self._thread:
             self.metrics.recompiles.inc()

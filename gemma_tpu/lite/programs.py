@@ -5,6 +5,7 @@ Letters: B slots, E stored prompts, T tokens of a sheet, c of a chunk, V vocabul
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,15 @@ from flax import nnx
 from gemma_tpu.gemma import loading
 from gemma_tpu.gemma.model import Decoder
 from gemma_tpu.sampling import row_drawing
-from gemma_tpu.sampling.decoding import STOPS, Call, Plan, Programs, Report, Sheet, Starts
+from gemma_tpu.sampling.decoding import STOPS, Call, Plan, Programs, Report, Sheet, Starts, compilations
 from gemma_tpu.sampling.row_drawing import RowNumbers
 
 LIKELIEST = 20  # alternatives that can be asked for beside a token
 STORED = 8  # prompts that are computed and wait for slots
 CHUNK = 64  # tokens whose logits live at once, where the tokens of prompts are scored; buckets are multiples of it
+
+
+Scored = tuple[jax.Array, jax.Array, jax.Array]  # of each token its log-probability, and the likeliest with theirs
 
 
 class Likeliest(NamedTuple):
@@ -47,15 +51,13 @@ class Device:
         )  # fmt: skip
         self.burst = burst
         self._programs = Programs(graph, tree, plan)
-        self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         self._score, self._likeliest = jax.jit(self._scored), jax.jit(likeliest)
 
     def compile(self, told: Callable[[int, int], None]) -> None:
         """Every program once, on nothing; `told(how many are ready, of how many)` after each."""
         with jax.set_mesh(self.mesh):
             self._store, self._state = self._programs.start()
-            steps = [lambda size=size: (self.prefill(self.empty_sheet(size)), self.score(self.empty_sheet(size)))
-                     for size in self.buckets]  # fmt: skip
+            steps: list[Callable[[], object]] = [partial(self._try_bucket, size) for size in self.buckets]
             steps.append(lambda: (self.likeliest_of_stored(), self.likeliest_of_slots()))
             steps.append(lambda: self.decode(self._idle()))
             for number, step in enumerate(steps):
@@ -63,10 +65,14 @@ class Device:
                 jax.block_until_ready(step())
             told(len(steps), len(steps))
 
+    def _try_bucket(self, size: int) -> object:
+        self.prefill(self.empty_sheet(size))
+        return self.score(self.empty_sheet(size))
+
     def compiled(self) -> int:
         """How often something was compiled here since the beginning."""
         jitted = (self._programs.start, self._programs.prefill, self._programs.decode, self._score, self._likeliest)
-        return sum(one._cache_size() for one in jitted)
+        return sum(map(compilations, jitted))
 
     def bucket(self, tokens: int) -> int:
         return next(size for size in self.buckets if size >= tokens)
@@ -98,7 +104,8 @@ class Device:
     def decode(self, call: Call) -> Report:
         with jax.set_mesh(self.mesh):
             self._state, report = self._programs.decode(self._leaves, self._state, self._store, call)
-        return jax.device_get(report)
+        here: Report = jax.device_get(report)
+        return here
 
     def _top(self, logits_XV: jax.Array) -> Likeliest:
         with jax.set_mesh(self.mesh):
@@ -110,12 +117,12 @@ class Device:
         starts = Starts(np.int32(0), row_B, stored_B, np.zeros((B, 2), np.uint32), limit_B)
         return Call(starts, np.ones(B, bool), no_stops(B), neutral(B), np.int32(0), np.int32(B + 1))
 
-    def _scored(self, leaves: Any, tokens_1T: jax.Array, segments_1T: jax.Array):
-        model = self._merge(leaves)
+    def _scored(self, leaves: Any, tokens_1T: jax.Array, segments_1T: jax.Array) -> Scored:
+        model = self._programs.model(leaves)
         x_1TD = model.hidden(tokens_1T, segments_1T)
         next_T = jnp.append(tokens_1T[0, 1:], 0)
 
-        def one(chunk):
+        def one(chunk: tuple[jax.Array, jax.Array]) -> Scored:
             x_cD, next_c = chunk
             logits_cV = model.logits(x_cD[None])[0]
             ids_cN, logprobs_cN = likeliest(logits_cV)
@@ -124,7 +131,8 @@ class Device:
             return logit_c - jax.nn.logsumexp(logits_cV, axis=1), ids_cN, logprobs_cN
 
         found = jax.lax.map(one, (x_1TD[0].reshape(-1, CHUNK, x_1TD.shape[2]), next_T.reshape(-1, CHUNK)))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+        logprob_T, ids_TN, logprobs_TN = (x.reshape(-1, *x.shape[2:]) for x in found)
+        return logprob_T, ids_TN, logprobs_TN
 
 
 def likeliest(logits_XV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -134,8 +134,9 @@ def _in_messages(messages: list[Any]) -> list[tuple[str, str]]:
 def _content(content: Any) -> str | None:
     """The text of a message; None where it has anything else."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not parts or not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text"
+             and isinstance(part.get("text"), str)]  # fmt: skip
+    if not parts or len(texts) < len(parts):
         return None
     try:
         return "".join(texts).encode().decode()

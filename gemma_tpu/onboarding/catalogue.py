@@ -4,17 +4,21 @@ The figures are bundled/catalogue.json, so that a list takes no planning: script
 arithmetic of `plan --fast`, and a test computes them again.
 """
 
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tpu import assets, config
 from gemma_tpu.errors import UserError
 from gemma_tpu.pages.columns import table
+
+if TYPE_CHECKING:
+    from gemma_tpu.hardware.chips import Slice
 
 FIGURES = "bundled:catalogue.json"
 FOLDERS = ("configs", "recipes")
@@ -59,7 +63,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def slice_of(file: Path) -> Any:
+def slice_of(file: Path) -> "Slice | None":
     """By the name of the file; the devices of this machine have no say in what ships."""
     from gemma_tpu.hardware import chips
 
@@ -82,7 +86,8 @@ def about(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".py":
         return _sentence(text.split('"""')[1])
-    return _sentence(" ".join(re.match(r"(?:#.*\n)+", text)[0].replace("#", " ").split()))
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return _sentence(" ".join(" ".join(head).replace("#", " ").split()))
 
 
 def _sentence(text: str) -> str:

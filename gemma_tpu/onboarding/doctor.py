@@ -80,7 +80,8 @@ def _needed() -> list[str]:
     try:
         return importlib.metadata.requires("gemma_tpu") or []
     except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+        tree = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+        return list(tree["project"]["dependencies"])
 
 
 def _version(name: str) -> str | None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from jax.sharding import AbstractMesh, AxisType
 
@@ -25,6 +25,7 @@ from gemma_tpu.gemma.projection import Base
 from gemma_tpu.schema import Config, DataConfig
 from gemma_tpu.storage.shards import open_checkpoint
 
+T = TypeVar("T")
 FIRST_ROWS = 100
 
 
@@ -34,7 +35,7 @@ class Findings:
     not_checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def attempt(self, check: Callable[[], Any], key: str = "") -> Any:
+    def attempt(self, check: Callable[[], T], key: str = "") -> T | None:
         """The check's result, or None where the user's input is wrong, which is noted once."""
         try:
             return check()
@@ -112,8 +113,8 @@ def _inject(found: Findings, config: Config, model: Decoder) -> None:
         return
     chosen = lora.inject_config(model, config.lora)
     found.checked.append(f"lora: {len(chosen)} projection kinds, {lora.count(model):,} parameters")
-    if config.lora.init_from is not None:
-        _, notes = start.taken_up(model, config.lora, 0, open_checkpoint(config.model.path))
+    if (folder := config.lora.init_from) is not None:
+        _, notes = start.taken_up(model, folder, config.lora.dora, 0, open_checkpoint(config.model.path))
         found.checked.append(f"lora.init_from: {'; '.join(notes)}")
 
 

@@ -177,7 +177,7 @@ def settings(found: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         section = isinstance(value, dict)
         found |= {f"{name}.{key}": item for key, item in value.items()} if section else {name: value}

@@ -101,10 +101,9 @@ class Plan:
     @property
     def predicted_step_s(self) -> float:
         """By the model of time alone, before any calibration."""
-        found = {"analytic": self.estimate.step_s}
-        if self.walk:
-            found |= {"schedule": self.walk.seconds, "cycles": self.walk.cycles_seconds}
-        return found[self.basis]
+        if self.walk is None:
+            return self.estimate.step_s
+        return (self.walk.cycles_seconds if self.full else None) or self.walk.seconds
 
     @property
     def calibration(self) -> Calibration | None:
@@ -187,10 +186,10 @@ def _analytic(config: Config, source: str, place: Slice, subject: Subject, workl
     _check(config, subject)
     rows = config.train.batch_size // config.train.accumulation
     sizes = meshes.sizes(config.mesh, arch, place.devices, rows)
-    remat = config.train.remat
-    said = ""
-    if remat == "auto":
+    if config.train.remat == "auto":
         remat, said = advice.choose_remat(arch, config, place, sizes)
+    else:
+        remat, said = config.train.remat, ""
     job = Job.of(config, sizes, remat)
     variables = placed(arch, job)
     trained = [one.parameters for one in variables if one.trains]
@@ -229,13 +228,15 @@ def _folder(dump: Path | None) -> Iterator[Path]:
 def _compile(plan: Plan, folder: Path, full: bool) -> Compilation:
     from gemma_tpu.training.compiling import compile_for
 
+    target = plan.place.compiler_name
+    assert target is not None  # `make` has asked
     found = compile_for(
-        configs.to_dict(plan.config), plan.place.compiler_name, dict(plan.job.mesh), folder,
+        configs.to_dict(plan.config), target, dict(plan.job.mesh), folder,
         architecture=plan.subject.config, remat=plan.job.remat,
         total_steps=plan.workload.steps or UNKNOWN_STEPS, full=full,
     )  # fmt: skip
     limit = plan.place.chip.device_hbm_gib
-    if not found.fits:
+    if found.needs_gib is not None:
         return Compilation(found.seconds, found.needs_gib, found.limit_gib or limit, None, None)
     module = hlo.load(schedule(folder))
     memory = buffers.memory(folder, module)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+from gemma_tpu.compiled.walk import Walk
 from gemma_tpu.estimate import budget, roofline
 from gemma_tpu.pages import page
 from gemma_tpu.pages.page import Axis, Bar, Curve, Dot, Section
@@ -108,7 +109,7 @@ def _time(made: Plan) -> str:
 def _roofline(made: Plan) -> str:
     """Operations of this step by FLOPs for each byte of HBM, under the roof of the device."""
     chip = made.place.chip
-    dots = list(_walked(made) if made.walk else _by_arithmetic(made))
+    dots = list(_walked(made.walk) if made.walk else _by_arithmetic(made))
     if not dots:
         return ""
     low = min(0.5, *(dot.x for dot in dots)) / 1.5
@@ -126,10 +127,10 @@ def _roofline(made: Plan) -> str:
     return page.plot(x, y, [roof], dots, "Roofline of the step's operations, predicted") + page.paragraph(told, "note")
 
 
-def _walked(made: Plan) -> Iterator[Dot]:
-    counted = (one for one in made.walk.costs if one.flops and one.bytes and one.seconds)
+def _walked(walk: Walk) -> Iterator[Dot]:
+    counted = (one for one in walk.costs if one.flops and one.bytes and one.seconds)
     for one in itertools.islice(counted, 24):
-        share = one.seconds / made.walk.seconds
+        share = one.seconds / walk.seconds
         told = f"{one.name}: {plan_text.duration(one.seconds)}, {share:.1%} of the step"
         colour = 3 if one.kind == "kernel" else 0
         yield Dot(one.flops / one.bytes, one.flops / one.seconds, "", told, colour, 3 + 28 * share**0.5)
@@ -204,23 +205,25 @@ def _heads(made: Plan) -> str:
 
 
 def _throughputs(rows: Sequence[Row]) -> str:
-    return page.bars([
-        Bar(_named(row), row.plan.tokens_per_s if row.fits else None,
-            f"{row.plan.tokens_per_s:,.0f}  MFU {row.plan.mfu:.0%}" if row.fits else "does not fit", _family(row))
-        for row in rows
-    ], "Predicted tokens a second by slice")  # fmt: skip
+    bars = []
+    for row in rows:
+        made, colour = row.fitting, _family(row)
+        text = "does not fit" if made is None else f"{made.tokens_per_s:,.0f}  MFU {made.mfu:.0%}"
+        bars.append(Bar(_named(row), None if made is None else made.tokens_per_s, text, colour))
+    return page.bars(bars, "Predicted tokens a second by slice")
 
 
 def _costs(rows: Sequence[Row]) -> str:
     """What the run costs on demand, and as spot from the lowest to the highest."""
     drawn = []
     for row in rows:
-        usd = row.plan.usd(row.place.usd) if row.fits else None
-        if usd is None:
+        made = row.fitting
+        usd = None if made is None else made.usd(row.place.usd)
+        if made is None or usd is None:
             continue
-        drawn.append(Bar(_named(row), usd, f"{plan_text.dollars(usd)} on demand, {row.plan.hours:.2f} h", _family(row)))
-        if row.plan.usd_spot:
-            low, high = row.plan.usd_spot
+        drawn.append(Bar(_named(row), usd, f"{plan_text.dollars(usd)} on demand, {made.hours:.2f} h", _family(row)))
+        if made.usd_spot:
+            low, high = made.usd_spot
             drawn.append(Bar("spot", high, f"{plan_text.dollars(low)} to {plan_text.dollars(high)}", 7, start=low))
     return page.bars(drawn, "Predicted cost of the run by slice") if drawn else page.paragraph("No prices are known.")
 

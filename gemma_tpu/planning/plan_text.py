@@ -132,7 +132,7 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"time of a step, predicted {BASES[plan.basis]}: {duration(plan.step_s)}, {rate}"
     rows = [(name, duration(seconds), f"{seconds / plan.step_s:.0%}") for name, seconds in parts(plan)]
     yield from table(rows, (1, 2))
-    if plan.walk:
+    if plan.compilation and plan.walk:
         hidden, took = plan.walk.hidden_seconds, plan.compilation.seconds
         yield f"  collectives beside compute {duration(hidden)}; the compiler took {took:.0f} s"
         yield "the largest costs"

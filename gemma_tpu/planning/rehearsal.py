@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ from gemma_tpu.training import faults  # fmt: skip
 STEPS = 10
 SUFFIX = "-rehearsal"
 LIMIT_S = 600.0  # what a rehearsal is meant to take at most
+T = TypeVar("T")
 
 
 @dataclass
@@ -101,10 +102,10 @@ def _clear(run: runs.RunFolder, short: Config) -> None:
 
 
 def _is_rehearsal(record: Mapping[str, Any]) -> bool:
-    return record["config"]["run_dir"].endswith(SUFFIX)
+    return str(record["config"]["run_dir"]).endswith(SUFFIX)
 
 
-def _do(checks: list[Check], name: str, action: Callable[[], Any], tell: Callable[[Any], str]) -> Any:
+def _do(checks: list[Check], name: str, action: Callable[[], T], tell: Callable[[T], str]) -> T | None:
     begun = time.monotonic()
     try:
         found = action()
@@ -134,10 +135,13 @@ def _restore(run: runs.RunFolder, short: Config) -> adapters.Trained:
         return adapters.read(run.path)
     checkpoints = checkpoint.Checkpoints(checkpoint.folder_of(run.path, short.checkpoint.folder))
     try:
-        record = checkpoints.record(checkpoints.latest)
+        latest = checkpoints.latest
+        if latest is None:
+            raise RunError(f"no checkpoint was saved in {checkpoints.folder}")
+        record = checkpoints.record(latest)
         whole = NamedSharding(mesh.build({"data": jax.device_count()}), PartitionSpec())
-        values = checkpoints.restore_trained(checkpoints.latest, dict.fromkeys(record["shapes"], whole))
-        return adapters.Trained(run.path, checkpoints.latest, record, values)
+        values = checkpoints.restore_trained(latest, dict.fromkeys(record["shapes"], whole))
+        return adapters.Trained(run.path, latest, record, values)
     finally:
         checkpoints.close()
 

@@ -9,6 +9,7 @@ from gemma_tpu.errors import RunError
 from gemma_tpu.estimate import advice, budget
 from gemma_tpu.hardware import chips
 from gemma_tpu.hardware.chips import Slice
+from gemma_tpu.pages.columns import table
 from gemma_tpu.planning import plan, plan_text
 from gemma_tpu.planning.plan import Plan
 from gemma_tpu.planning.subject import Subject
@@ -36,8 +37,12 @@ class Row:
     told: str = ""
 
     @property
+    def fitting(self) -> Plan | None:
+        return self.plan if self.plan is not None and self.plan.fits else None
+
+    @property
     def fits(self) -> bool:
-        return self.plan is not None and self.plan.fits
+        return self.fitting is not None
 
     @property
     def basis(self) -> str:
@@ -95,7 +100,7 @@ def _least(model: Subject, job: Job, place: Slice) -> float | None:
 
 
 def render(rows: list[Row], load: Workload) -> str:
-    lines = plan_text.table([HEAD, *map(cells, rows)], right=RIGHT, indent=0)
+    lines = table([HEAD, *map(cells, rows)], right=RIGHT, indent=0)
     notes = [f"note: {row.place.name}: {row.told}" for row in rows if row.told]
     marked = "roofline: a GPU by its datasheet and the shares of the peak that were fitted to TPU schedules"
     return "\n".join([

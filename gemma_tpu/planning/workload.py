@@ -89,7 +89,8 @@ def _from_text(config: Config) -> Workload:
 
 
 def _without_rows(config: Config) -> Workload:
-    data, known = config.data, KNOWN.get(config.data.transform or "")
+    data = config.data
+    known = KNOWN.get(data.transform) if isinstance(data.transform, str) else None
     where = data.path if isinstance(data.path, str) else ", ".join(data.path)
     if known and data.limit:
         share, mean, source = known

@@ -171,7 +171,8 @@ class Checkpoints:
     # --- reading ----------------------------------------------------------------------------------------------
 
     def record(self, step: int) -> dict[str, Any]:
-        return self._load(step, {"record": None})["record"]
+        record: dict[str, Any] = self._load(step, {"record": None})["record"]
+        return record
 
     def restore(self, step: int, trained: Mapping[str, jax.Array], opt: Any) -> dict[str, Any]:
         """Everything, onto the shardings of the given state: on another mesh than it was saved on, too."""
@@ -189,7 +190,7 @@ class Checkpoints:
             path: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path] if shardings else alone)
             for path, (shape, dtype) in shapes.items()
         }
-        trained = self._load(step, {"trained": like})["trained"]
+        trained: dict[str, jax.Array] = self._load(step, {"trained": like})["trained"]
         self._hold(step, record, {"trained": trained})
         return trained
 
@@ -203,7 +204,8 @@ class Checkpoints:
 
     def _load(self, step: int, what: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self._orbax.load_checkpointables(step, what)
+            found: dict[str, Any] = self._orbax.load_checkpointables(step, what)
+            return found
         except Exception as error:
             raise RunError(f"{self.at(step)}: this checkpoint cannot be read: {_first_line(error)}") from error
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Progress:
 
 def measured(row: Mapping[str, Any]) -> str:
     """What else is known of a step, for its line: what is not known on these devices is left out."""
-    words = {
+    words: dict[str, Callable[[float], str]] = {
         "mfu": lambda x: f"MFU {x:.1%}", "padding": lambda x: f"padding {x:.0%}",
         "memory_gib": lambda x: f"memory {x:.1f} GiB", "data_wait": lambda x: f"data wait {x:.0%}",
         "usd": lambda x: f"${x:.2f}",

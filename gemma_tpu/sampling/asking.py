@@ -1,8 +1,8 @@
 """What is asked of a model, whoever answers: prompts, which sample of each, where a text ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from gemma_tpu.errors import UserError
 
@@ -15,6 +15,46 @@ class Asked:
 
     prompt: str | Messages
     sample: int = 0
+
+
+class Wanted(Protocol):
+    """How answers are to be drawn: what is read of `drawing.Settings` where JAX is not loaded."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Written(TypedDict):
+    """A completion."""
+
+    text: str
+    tokens: list[int] | None  # None: of a server, which gives text alone
+    finish_reason: str | None
+    logprobs: list[float] | None
+
+
+How = TypeVar("How", bound=Wanted, contravariant=True)
+
+
+class Write(Protocol[How]):
+    """That of a Writer, or of an Endpoint, whose answers come from a server."""
+
+    def __call__(
+        self, asked: Sequence[Asked], settings: How, *, stop: Sequence[str] = ...,
+        on_text: Callable[[int, str], None] | None = ..., on_done: Callable[[int, Written], None] | None = ...,
+    ) -> list[Written]: ...  # fmt: skip
 
 
 def conversation(prompt: str, system: str | None = None) -> Messages:

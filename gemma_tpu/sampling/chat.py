@@ -1,21 +1,20 @@
 """A small chat in the terminal, by the checkpoint's own template."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.run.metrics import say
-from gemma_tpu.sampling.asking import Asked
+from gemma_tpu.sampling.asking import Asked, How, Messages, Write
 
 HELP = "/new begins another conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
-def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: str | None = None,
+def chat(write: Write[How], settings: How, *, system: str | None = None,
          stop: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
-    """Turns until the user ends them; `write` is that of a Writer or of an Endpoint. Returns the last conversation."""
+    """Turns until the user ends them. Returns the last conversation."""
     before = [] if system is None else [{"role": "system", "content": system}]
-    turns: list[dict[str, Any]] = []
+    turns: Messages = []
     say(HELP)
     while (line := _read()) is not None:
         words = line.strip()
@@ -30,7 +29,9 @@ def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: s
     return {"messages": before + turns}
 
 
-def _answer(write, settings: Any, before: list, turns: list, line: str, stop: tuple[str, ...]) -> list:
+def _answer(
+    write: Write[How], settings: How, before: Messages, turns: Messages, line: str, stop: tuple[str, ...]
+) -> Messages:
     asked = [*turns, {"role": "user", "content": line}]
     said: list[str] = []
 
@@ -45,7 +46,7 @@ def _answer(write, settings: Any, before: list, turns: list, line: str, stop: tu
         say(f"error: {error}; {HELP}")
         return turns
     except KeyboardInterrupt:
-        found = {"text": "".join(said), "finish_reason": "interrupted"}
+        found = {"text": "".join(said), "tokens": None, "finish_reason": "interrupted", "logprobs": None}
     print(flush=True)
     if found["finish_reason"] == "length":
         say(f"note: cut at {settings.max_new_tokens} tokens")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.gemma import loading
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.sampling import sampler
-from gemma_tpu.sampling.asking import Asked, Messages, check_stop, cut, every
+from gemma_tpu.sampling.asking import Asked, Messages, Written, check_stop, cut, every
 from gemma_tpu.storage.shards import open_checkpoint
 
 ROWS = 16  # completed at a time
@@ -69,8 +70,8 @@ class Writer:
     def write(
         self, asked: Sequence[Asked], settings: sampler.Settings, *, stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
-        on_done: Callable[[int, dict[str, Any]], None] | None = None,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        on_done: Callable[[int, Written], None] | None = None,
+    ) -> list[Written]:  # fmt: skip
         """A completion of each; it ends before the first of the `stop` strings.
 
         `on_text(i, new text)` is called as text comes, `on_done(i, completion)` for each that is complete.
@@ -78,7 +79,7 @@ class Writer:
         check_stop(stop)
         streams = [Stream(self.tokenizer, stop) for _ in asked]
 
-        def finished(made: sampler.Completion) -> dict[str, Any]:
+        def finished(made: sampler.Completion) -> Written:
             text, _ = cut(self.tokenizer.decode(made.tokens), stop)
             return {"text": text, "tokens": made.tokens, "finish_reason": made.finish_reason, "logprobs": made.logprobs}
 
@@ -90,7 +91,8 @@ class Writer:
                 on_done(number, one)
 
         def shown(number: int, tokens: list[int]) -> None:
-            streams[number].show(tokens, lambda new: on_text(number, new))
+            if on_text is not None:
+                streams[number].show(tokens, partial(on_text, number))
 
         made = self.sampler.run(
             [self.ids(one.prompt) for one in asked], self.tokenizer.stop_ids, settings,

@@ -9,12 +9,12 @@ Letters: B rows, E stored prompts, T tokens of a sheet, S slots, V vocabulary, C
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from gemma_tpu.gemma import kv_cache
 from gemma_tpu.gemma.kv_cache import Rings
@@ -23,7 +23,7 @@ from gemma_tpu.gemma.model import Decoder
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.sampling import drawing, row_drawing
 from gemma_tpu.sampling.drawing import Numbers, Rules
-from gemma_tpu.sampling.row_drawing import RowNumbers
+from gemma_tpu.sampling.row_drawing import Given, RowNumbers
 
 STOPS = 8  # stop ids are padded to a multiple of it
 
@@ -31,11 +31,11 @@ STOPS = 8  # stop ids are padded to a multiple of it
 class Sheet(NamedTuple):
     """Prompts side by side, segments 1, 2, 3 …; where each begins, its length, and its row of the store."""
 
-    tokens_1T: Any
-    segments_1T: Any
-    start_E: Any
-    length_E: Any
-    row_E: Any  # E: this one is no prompt
+    tokens_1T: Given
+    segments_1T: Given
+    start_E: Given
+    length_E: Given
+    row_E: Given  # E: this one is no prompt
 
 
 class Store(NamedTuple):
@@ -62,20 +62,20 @@ class State(NamedTuple):
 class Starts(NamedTuple):
     """The first `count` entries say which row begins a sample of which stored prompt."""
 
-    count: Any
-    row_B: Any
-    stored_B: Any
-    key_B2: Any
-    limit_B: Any
+    count: Given
+    row_B: Given
+    stored_B: Given
+    key_B2: Given
+    limit_B: Given
 
 
 class Call(NamedTuple):
     starts: Starts
-    keep_B: Any  # rows that go on; the others were stopped from outside
-    stop_ids_N: Any  # of all rows, or [B, N]: each row's own
+    keep_B: Given  # rows that go on; the others were stopped from outside
+    stop_ids_N: Given  # of all rows, or [B, N]: each row's own
     numbers: Numbers | RowNumbers
-    steps: Any  # at most so many, and at most C
-    patience: Any  # return when so many rows have ended
+    steps: Given  # at most so many, and at most C
+    patience: Given  # return when so many rows have ended
 
 
 class Report(NamedTuple):
@@ -92,7 +92,7 @@ class Plan:
     """Everything that the programs are compiled for."""
 
     arch: Architecture
-    dtype: Any
+    dtype: jnp.dtype
     rows: int
     capacity: int  # tokens of a sequence, prompt and completion
     stored: int
@@ -100,13 +100,13 @@ class Plan:
     sheet: int
     steps: int
     rules: Rules
-    mesh: Any
+    mesh: Mesh
 
 
 class Programs:
     """`prefill` and `decode` of one model and one plan, and how often they were compiled."""
 
-    def __init__(self, graph: Any, tree: Any, plan: Plan):
+    def __init__(self, graph: nnx.GraphDef[Decoder], tree: jax.tree_util.PyTreeDef, plan: Plan):
         self.plan = plan
         self._graph, self._tree = graph, tree
         # Every call gets its arrays as the last one left them: another sharding would be another program.
@@ -116,13 +116,13 @@ class Programs:
         self.decode = jax.jit(self._decode, donate_argnums=1, out_shardings=(state, None))
 
     def compiled(self) -> dict[str, int]:
-        return {"prefill": self.prefill._cache_size(), "decode": self.decode._cache_size()}
+        return {"prefill": compilations(self.prefill), "decode": compilations(self.decode)}
 
-    def _sharding(self, x: Any) -> NamedSharding:
+    def _sharding(self, x: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = kv_cache.AXES if x.ndim == len(kv_cache.AXES) else (*("batch", None)[: x.ndim],)
         return NamedSharding(self.plan.mesh, spec_for(axes, self.plan.mesh, x.shape))
 
-    def _model(self, leaves: Any) -> Decoder:
+    def model(self, leaves: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
     def _start(self) -> tuple[Store, State]:
@@ -142,8 +142,8 @@ class Programs:
         )  # fmt: skip
         return store, state
 
-    def _prefill(self, leaves: Any, store: Store, sheet: Sheet) -> Store:
-        model = self._model(leaves)
+    def _prefill(self, leaves: list[jax.Array], store: Store, sheet: Sheet) -> Store:
+        model = self.model(leaves)
         x_1TD, new = model.prefill(sheet.tokens_1T, sheet.segments_1T)
         last_E = jnp.maximum(sheet.start_E + sheet.length_E - 1, 0)
         logits_EV = model.logits(x_1TD[0, last_E][:, None])[:, 0]
@@ -159,8 +159,8 @@ class Programs:
             store.length_E.at[sheet.row_E].set(sheet.length_E, mode="drop"), seen_EV,
         )  # fmt: skip
 
-    def _decode(self, leaves: Any, state: State, store: Store, call: Call) -> tuple[State, Report]:
-        model, plan = self._model(leaves), self.plan
+    def _decode(self, leaves: list[jax.Array], state: State, store: Store, call: Call) -> tuple[State, Report]:
+        model, plan = self.model(leaves), self.plan
         state = state._replace(active_B=state.active_B & call.keep_B)
         state = jax.lax.fori_loop(
             0, call.starts.count, lambda number, state: _begin(state, store, call.starts, number), state
@@ -170,12 +170,14 @@ class Programs:
         none_B = jnp.zeros(plan.rows, jnp.int32)
         report = Report(empty_CB.astype(jnp.int32), empty_CB, none_B, state.active_B, none_B > 0, jnp.int32(0))
 
-        def goes_on(loop):
+        def goes_on(loop: tuple[State, Report]) -> jax.Array:
             state, report = loop
             left = jnp.sum(state.active_B)
-            return (report.steps < jnp.minimum(call.steps, plan.steps)) & (left > 0) & (began - left < call.patience)
+            room = report.steps < jnp.minimum(call.steps, plan.steps)
+            more: jax.Array = room & (left > 0) & (began - left < call.patience)
+            return more
 
-        def one(loop):
+        def one(loop: tuple[State, Report]) -> tuple[State, Report]:
             state, report = loop
             state, token_B, logprob_B, stopped_B = _take(state, call, plan.rules)
             active_B = report.active_B  # before this step
@@ -190,11 +192,17 @@ class Programs:
         return state, report
 
 
-def _begin(state: State, store: Store, starts: Starts, number: Any) -> State:
+def compilations(program: jax.stages.Wrapped) -> int:
+    """How often JAX has compiled a function."""
+    count: int = program._cache_size()  # type: ignore[attr-defined]  # it counts them, and has no public name for it
+    return count
+
+
+def _begin(state: State, store: Store, starts: Starts, number: jax.Array) -> State:
     """A row takes up a stored prompt."""
     row, stored = starts.row_B[number], starts.stored_B[number]
     seen_BV = state.seen_BV
-    if seen_BV is not None:
+    if seen_BV is not None and store.seen_EV is not None:  # one plan made both
         seen_BV = seen_BV.at[row].set(store.seen_EV[stored])
     return state._replace(
         rings=kv_cache.start_row(state.rings, store.kv, row, stored, state.clock),
@@ -206,16 +214,17 @@ def _begin(state: State, store: Store, starts: Starts, number: Any) -> State:
     )  # fmt: skip
 
 
-def _take(state: State, call: Call, rules: Rules):
+def _take(state: State, call: Call, rules: Rules) -> tuple[State, jax.Array, jax.Array, jax.Array]:
     """The next token of every row, and which rows it ends."""
     logits_BV = constrain(state.logits_BV, "batch", None)
-    sample = logits_BV, state.seen_BV, state.keys_B2, state.drawn_B
+    keys_B2, drawn_B = state.keys_B2, state.drawn_B
     if isinstance(call.numbers, RowNumbers):
-        token_B, logprob_B = row_drawing.draw(*sample, call.numbers)
+        assert state.seen_BV is not None  # the plan of such a batch has a penalty
+        token_B, logprob_B = row_drawing.draw(logits_BV, state.seen_BV, keys_B2, drawn_B, call.numbers)
     else:
-        token_B, logprob_B = drawing.draw(*sample, rules, call.numbers)
+        token_B, logprob_B = drawing.draw(logits_BV, state.seen_BV, keys_B2, drawn_B, rules, call.numbers)
     stopped_B = state.active_B & jnp.any(token_B[:, None] == call.stop_ids_N, axis=1)
-    drawn_B = state.drawn_B + 1
+    drawn_B += 1
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV | (jnp.arange(seen_BV.shape[1]) == token_B[:, None])
@@ -223,16 +232,16 @@ def _take(state: State, call: Call, rules: Rules):
     return state._replace(drawn_B=drawn_B, active_B=active_B, seen_BV=seen_BV), token_B, logprob_B, stopped_B
 
 
-def _advance(model: Decoder, state: State, token_B, capacity: int) -> State:
+def _advance(model: Decoder, state: State, token_B: jax.Array, capacity: int) -> State:
     x_BD, rings = model.step(token_B, state.length_B, state.clock, state.rings, capacity)
     logits_BV = model.logits(x_BD[:, None])[:, 0]
     return state._replace(rings=rings, logits_BV=logits_BV, clock=state.clock + 1, length_B=state.length_B + 1)
 
 
-def _row(table_CB, row_B, at):
+def _row(table_CB: jax.Array, row_B: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(table_CB, row_B[None].astype(table_CB.dtype), at, axis=0)
 
 
 @functools.lru_cache(maxsize=16)
-def programs(graph: Any, tree: Any, plan: Plan) -> Programs:
+def programs(graph: nnx.GraphDef[Decoder], tree: jax.tree_util.PyTreeDef, plan: Plan) -> Programs:
     return Programs(graph, tree, plan)

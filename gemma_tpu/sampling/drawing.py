@@ -19,6 +19,9 @@ from gemma_tpu.errors import UserError
 
 TRIES = 6
 
+Span = tuple[jax.Array, jax.Array]  # of a bisection, for each row: the lower end, the upper end
+Tries = tuple[jax.Array, jax.Array, jax.Array]  # how many, the token of each row, whether it is kept
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -78,26 +81,36 @@ class Numbers(NamedTuple):
     penalty: jax.Array
 
 
-def draw(logits_BV, seen_BV, keys_B2, drawn_B, rules: Rules, numbers: Numbers):
-    """(token, the model's own log-probability of it). `seen_BV` is read by a penalty only; `drawn_B` counts the
+def draw(
+    logits_BV: jax.Array, seen_BV: jax.Array | None, keys_B2: jax.Array, drawn_B: jax.Array, rules: Rules,
+    numbers: Numbers,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(token, the model's own log-probability of it). `seen_BV` is kept for a penalty only; `drawn_B` counts the
     tokens that a sample has already."""
     chosen_BV = logits_BV
     if rules.penalty:
-        held_BV = jnp.where(logits_BV > 0, logits_BV / numbers.penalty, logits_BV * numbers.penalty)
-        chosen_BV = jnp.where(seen_BV, held_BV, logits_BV)
-    token_B = _random(chosen_BV, keys_B2, drawn_B, rules, numbers) if rules.draws else _argmax(chosen_BV)
+        assert seen_BV is not None
+        chosen_BV = penalise(logits_BV, seen_BV, numbers.penalty)
+    token_B = at_random(chosen_BV, keys_B2, drawn_B, rules, numbers) if rules.draws else likeliest(chosen_BV)
     logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, logit_B - jax.nn.logsumexp(logits_BV, axis=1)
 
 
-def _argmax(x_BV):
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    held_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, held_BV, logits_BV)
+
+
+def likeliest(x_BV: jax.Array) -> jax.Array:
     """The first of the largest. As two plain reductions: the one over pairs that argmax means is slow on a CPU."""
     top_B1 = jnp.max(x_BV, axis=1, keepdims=True)
     index_V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)
     return jnp.min(jnp.where(x_BV >= top_B1, index_V, x_BV.shape[1] - 1), axis=1)
 
 
-def _random(logits_BV, keys_B2, drawn_B, rules: Rules, numbers: Numbers):
+def at_random(
+    logits_BV: jax.Array, keys_B2: jax.Array, drawn_B: jax.Array, rules: Rules, numbers: Numbers
+) -> jax.Array:
     x_BV = logits_BV / numbers.temperature
     if 0 < rules.top_k < x_BV.shape[1]:
         kth_B1 = jax.lax.top_k(x_BV, rules.top_k)[0][:, -1:]
@@ -109,36 +122,37 @@ def _random(logits_BV, keys_B2, drawn_B, rules: Rules, numbers: Numbers):
         return _pick(allowed_BV, u_Bt[:, 0])
     limit_B = numbers.top_p * _sum(p_BV)
 
-    def unsure(loop):
+    def unsure(loop: Tries) -> jax.Array:
         tries, _, kept_B = loop
         return (tries < TRIES) & ~jnp.all(kept_B)
 
-    def again(loop):
+    def again(loop: Tries) -> Tries:
         tries, token_B, kept_B = loop
         new_B = _pick(allowed_BV, jax.lax.dynamic_index_in_dim(u_Bt, tries, axis=1, keepdims=False))
         mine_B = jnp.take_along_axis(p_BV, new_B[:, None], axis=1)[:, 0]
         return tries + 1, jnp.where(kept_B, token_B, new_B), kept_B | (_above(p_BV, mine_B) < limit_B)
 
     zeros_B = jnp.zeros(x_BV.shape[:1], jnp.int32)
-    _, token_B, kept_B = jax.lax.while_loop(unsure, again, (0, zeros_B, zeros_B > 0))
+    _, token_B, kept_B = jax.lax.while_loop(unsure, again, (jnp.int32(0), zeros_B, zeros_B > 0))
 
-    def cut():
+    def cut() -> jax.Array:
         nucleus_BV = jnp.where(p_BV >= _threshold(p_BV, limit_B)[:, None], allowed_BV, 0.0)
         return jnp.where(kept_B, token_B, _pick(nucleus_BV, u_Bt[:, TRIES]))
 
-    return jax.lax.cond(jnp.all(kept_B), lambda: token_B, cut)
+    chosen_B: jax.Array = jax.lax.cond(jnp.all(kept_B), lambda: token_B, cut)
+    return chosen_B
 
 
-def _uniforms(key_2, drawn):
+def _uniforms(key_2: jax.Array, drawn: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), drawn)
     return jax.random.uniform(key, (TRIES + 1,))
 
 
-def _threshold(p_BV, limit_B):
+def _threshold(p_BV: jax.Array, limit_B: jax.Array) -> jax.Array:
     """The smallest value that the tokens above it do not carry to the limit: what is at least this is the nucleus."""
     bits_BV = jax.lax.bitcast_convert_type(p_BV, jnp.int32)  # positive floats sort like their bits
 
-    def halve(_, span):
+    def halve(_: jax.Array, span: Span) -> Span:
         low_B, high_B = span  # too low, good
         middle_B = (low_B + high_B) // 2
         good_B = _above(p_BV, jax.lax.bitcast_convert_type(middle_B, jnp.float32)) < limit_B
@@ -149,23 +163,23 @@ def _threshold(p_BV, limit_B):
     return jax.lax.bitcast_convert_type(high_B, jnp.float32)
 
 
-def _above(p_BV, value_B):
+def _above(p_BV: jax.Array, value_B: jax.Array) -> jax.Array:
     """The mass of the tokens that are likelier than this."""
     return _sum(jnp.where(p_BV > value_B[:, None], p_BV, 0.0))
 
 
-def _sum(p_BV):
+def _sum(p_BV: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(_grouped(p_BV), axis=1), axis=1)
 
 
-def _grouped(p_BV):
+def _grouped(p_BV: jax.Array) -> jax.Array:
     """[B, g, h]: sums over groups first round less, and are no chain of additions that each wait for the last."""
     B, V = p_BV.shape
     h = 1 << (math.isqrt(V - 1).bit_length() if V > 1 else 0)
     return jnp.pad(p_BV, ((0, 0), (0, -V % h))).reshape(B, -1, h)
 
 
-def _pick(p_BV, u_B):
+def _pick(p_BV: jax.Array, u_B: jax.Array) -> jax.Array:
     """The token where the running sum of p passes u of the whole: first its group, then its place there."""
     p_Bgh = _grouped(p_BV)
     sums_Bg = jnp.sum(p_Bgh, axis=2)
@@ -176,7 +190,7 @@ def _pick(p_BV, u_B):
     return group_B * p_Bgh.shape[2] + place_B
 
 
-def _crossing(p_Bn, cumulated_Bn, target_B):
+def _crossing(p_Bn: jax.Array, cumulated_Bn: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(the first place with p > 0 whose running sum is above the target, the sum before it); where rounding leaves
     none, the last with p > 0."""
     index_n = jnp.arange(p_Bn.shape[1], dtype=jnp.int32)

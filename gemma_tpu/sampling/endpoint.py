@@ -17,17 +17,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.sampling.asking import Asked, check_stop, cut
+from gemma_tpu.sampling.asking import Asked, Wanted, Written, check_stop, cut
 from gemma_tpu.storage import retry
 
 CONCURRENCY = 16
 TIMEOUT = 600.0
 DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-Result = dict[str, Any]
 
 
 class Endpoint:
@@ -45,17 +43,17 @@ class Endpoint:
         self.model = model or self._only_model()
 
     def _only_model(self) -> str:
-        listed = [one["id"] for one in self._ask("/models").get("data", [])]
+        listed: list[str] = [one["id"] for one in self._ask("/models").get("data", [])]
         if len(listed) != 1:
             named = ", ".join(listed) or "none"
             raise UserError(f"{self.url} serves {named}: say which model to ask (--model NAME)")
         return listed[0]
 
     def write(
-        self, asked: Sequence[Asked], settings: Any, *, stop: Sequence[str] = (),
-        on_text: Callable[[int, str], None] | None = None, on_done: Callable[[int, Result], None] | None = None,
+        self, asked: Sequence[Asked], settings: Wanted, *, stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None, on_done: Callable[[int, Written], None] | None = None,
         resume: str | Path | None = None,
-    ) -> list[Result]:  # fmt: skip
+    ) -> list[Written]:  # fmt: skip
         """A completion of each, in order; `resume` names a file of those that came before, and gets the others.
 
         With `on_text`, answers are shown when they are whole.
@@ -63,7 +61,7 @@ class Endpoint:
         check_stop(stop)
         bodies = [self._body(one, settings, stop) for one in asked]
         with _Kept(resume) as kept:
-            found: dict[int, Result] = {i: kept.found[key] for i, body in enumerate(bodies)
+            found: dict[int, Written] = {i: kept.found[key] for i, body in enumerate(bodies)
                                         if (key := _fingerprint(self.url, body)) in kept.found}  # fmt: skip
             lock = threading.Lock()
 
@@ -104,10 +102,10 @@ class Endpoint:
         for job in jobs:
             job.result()
 
-    def _body(self, one: Asked, settings: Any, stop: Sequence[str]) -> dict[str, Any]:
+    def _body(self, one: Asked, settings: Wanted, stop: Sequence[str]) -> dict[str, Any]:
         text = isinstance(one.prompt, str)
         seed = zlib.crc32(f"{settings.seed}/{one.sample}".encode()) >> 1  # samples of a prompt differ, and again do not
-        body = {
+        body: dict[str, Any] = {
             "model": self.model, "prompt" if text else "messages": one.prompt, "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed,
         }  # fmt: skip
@@ -164,7 +162,7 @@ def reason(data: bytes) -> str:
     return " ".join(text.split())[:300]
 
 
-def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:
+def _read(answer: dict[str, Any], stop: Sequence[str]) -> Written:
     """A completion as a model here gives it. `tokens` is null: servers give text, and few the ids."""
     try:
         choice = answer["choices"][0]
@@ -187,8 +185,9 @@ class _Kept:
     """Answers on disk, one line each, by what was asked: the same question is not asked twice, another is."""
 
     def __init__(self, path: str | Path | None):
-        self._path, self._file = None if path is None else Path(path), None
-        self.found: dict[str, Result] = {}
+        self._path = None if path is None else Path(path)
+        self._file: TextIO | None = None
+        self.found: dict[str, Written] = {}
         self._end = 0
         if self._path is not None and self._path.exists():
             self._load(self._path)
@@ -215,7 +214,7 @@ class _Kept:
         if self._file is not None:
             self._file.close()
 
-    def add(self, asked: str, made: Result) -> None:
+    def add(self, asked: str, made: Written) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"asked": asked, **made}) + "\n")
             self._file.flush()

@@ -152,7 +152,9 @@ def _check(context: int, prompts: Sequence[Sequence[int]], settings: Settings, l
         )
 
 
-def _group(prompts, settings: Settings, numbers, limits) -> deque[_Prompt]:
+def _group(
+    prompts: Sequence[Sequence[int]], settings: Settings, numbers: Sequence[int] | None, limits: Sequence[int] | None
+) -> deque[_Prompt]:
     """Different prompts in their first order, each with its samples."""
     groups: dict[tuple[int, ...], _Prompt] = {}
     for number, prompt in enumerate(prompts):
@@ -179,7 +181,9 @@ def _bucket(tokens: int) -> int:
 class _Batch:
     """The rows, the store, and who is in them."""
 
-    def __init__(self, sampler: Sampler, waiting: deque[_Prompt], stop_ids, settings: Settings, steps: int):
+    def __init__(
+        self, sampler: Sampler, waiting: deque[_Prompt], stop_ids: Sequence[int], settings: Settings, steps: int
+    ):
         self._waiting, self._settings, self._stats = waiting, settings, sampler.stats
         self._leaves, self._steps = sampler._leaves, steps
         longest = max(len(prompt.tokens) for prompt in waiting)

@@ -42,6 +42,11 @@ class Model:
     size: str | None  # our name of the published size that it has the geometry of
     told: str
 
+    @property
+    def here(self) -> Path:
+        assert self.folder is not None, f"{self.repository} is no folder"
+        return self.folder
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -93,11 +98,11 @@ class Serving:
     def name(self) -> str:
         if self.model.repository:
             return self.wish.served_name or self.model.repository
-        return self.wish.served_name or hub_cache.repository_of(self.model.folder)
+        return self.wish.served_name or hub_cache.repository_of(self.model.here)
 
     @property
     def hub_cache(self) -> Path:
-        folder = self.model.folder.resolve()
+        folder = self.model.here.resolve()
         return (self.wish.hub_cache or folder.parent / ".hub-cache").expanduser().absolute()
 
 
@@ -262,7 +267,7 @@ def vllm_command(one: Serving) -> list[str]:
     if one.model.repository or one.by_repository:
         model = one.model.repository or one.name
     else:
-        model = MODEL if one.wish.container else str(one.model.folder.resolve())
+        model = MODEL if one.wish.container else str(one.model.here.resolve())
     words = ["serve", model, "--served-model-name", one.name, "--host", one.wish.host, "--port", str(one.wish.port),
              "--max-model-len", str(one.context)]  # fmt: skip
     if one.place is not None:
@@ -282,10 +287,10 @@ def docker_command(one: Serving) -> list[str]:
         words += ["--env", "HF_TOKEN", "--env", "HF_HOME=/cache/huggingface"]  # docker takes its value from here
     elif one.by_repository:
         words += ["--volume", f"{one.hub_cache}:{HUB}:ro", "--env", f"HF_HUB_CACHE={HUB}", "--env", "HF_HUB_OFFLINE=1"]
-        folder = one.model.folder.resolve()
+        folder = one.model.here.resolve()
         words += ["--volume", f"{folder}:{folder}:ro"]  # where links lead that are no hard links
     else:
-        words += ["--volume", f"{one.model.folder.resolve()}:{MODEL}:ro", "--env", "HF_HUB_OFFLINE=1"]
+        words += ["--volume", f"{one.model.here.resolve()}:{MODEL}:ro", "--env", "HF_HUB_OFFLINE=1"]
     if one.kind == "cpu":
         words += ["--env", f"VLLM_CPU_KVCACHE_SPACE={_cpu_cache_gib(one)}"]
     return [*words, "--entrypoint", "vllm", one.image, *vllm_command(one)]
@@ -328,7 +333,7 @@ def _links(one: Serving) -> str:
     """What makes the cache of the hub that the container is given, where it is given one."""
     if not one.by_repository or one.model.repository:
         return ":"
-    words = ["-m", "gemma_tpu.storage.hub_cache", str(one.model.folder.resolve()), str(one.hub_cache), one.name]
+    words = ["-m", "gemma_tpu.storage.hub_cache", str(one.model.here.resolve()), str(one.hub_cache), one.name]
     return " ".join(map(shlex.quote, [sys.executable, *words]))
 
 
@@ -339,7 +344,8 @@ def url(one: Serving) -> str:
 
 def _pretty(words: list[str]) -> str:
     """One option a line."""
-    lines, rest = [], [shlex.quote(word) for word in words]
+    lines: list[str] = []
+    rest = [shlex.quote(word) for word in words]
     while rest:
         word = rest.pop(0)
         if lines and word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--") and (

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from gemma_tpu.gemma.variants import Architecture
-from gemma_tpu.schema import Activation, Config, LoraConfig, OptimConfig
+from gemma_tpu.schema import Activation, Config, Kept, LoraConfig, Offloaded, OptimConfig
 
-Remat = str | Sequence[str]  # none, full, or the names of the activations to keep
+# What is recomputed: "none", "full" (all but each layer's input), or all but the activations of these names.
+Policy = Literal["none", "full"] | Kept
 # What the model names, in the order of a layer: those activations that a run may keep.
-NAMES: tuple[str, ...] = get_args(Activation)
+NAMES: tuple[Activation, ...] = get_args(Activation)
 # A TPU stores the last two dims in tiles of 8 x 128, and of fewer rows where there are fewer.
 LANES, SUBLANES = 128, 8
 
@@ -33,7 +34,7 @@ class Job:
     rows: int  # of one micro-batch, over all devices
     accumulation: int
     tokens: int  # of a row
-    remat: Remat  # none, full, or the names of the activations to keep ("gate@host": in the host's memory)
+    remat: Policy  # "gate@host": kept in the host's memory
     mesh: tuple[tuple[str, int], ...]  # (axis, size)
     replicate_kv: bool
     adapter: LoraConfig = LoraConfig()  # its other fields; those above are in front
@@ -41,14 +42,14 @@ class Job:
     quantise: str | None = None
 
     @classmethod
-    def of(cls, config: Config, mesh: Mapping[str, int], remat: Remat | None = None) -> "Job":
+    def of(cls, config: Config, mesh: Mapping[str, int], remat: Policy | None = None) -> "Job":
         """The job of a config on a mesh that `mesh.sizes` gave; `remat` where the config leaves it open."""
         train, lora = config.train, config.lora
         return cls(
             method=train.method, targets=lora.targets, exclude=lora.exclude, rank=lora.rank,
             dtype=config.model.dtype, rows=train.batch_size // train.accumulation,
             accumulation=train.accumulation, tokens=config.data.max_seq_len,
-            remat=_remat(train.remat if remat is None else remat), mesh=_axes(mesh),
+            remat=_settled(train.remat if remat is None else remat), mesh=_axes(mesh),
             replicate_kv=config.mesh.replicate_kv, adapter=lora, optim=config.optim, quantise=config.model.quantise,
         )  # fmt: skip
 
@@ -57,7 +58,7 @@ class Job:
         if "mesh" in changes:
             changes["mesh"] = _axes(dict(changes["mesh"]))
         if "remat" in changes:
-            changes["remat"] = _remat(changes["remat"])
+            changes["remat"] = _settled(changes["remat"])
         return replace(self, **changes)
 
     def size(self, axis: str) -> int:
@@ -93,10 +94,10 @@ def _axes(mesh: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((axis, mesh.get(axis, 1)) for axis in ("data", "fsdp", "expert", "tp"))
 
 
-def _remat(remat: Remat) -> Remat:
+def _settled(remat: Literal["none", "full", "auto"] | Sequence[Activation | Offloaded]) -> Policy:
     if remat == "auto":
         raise ValueError("remat: auto is a question to the planner; a job has its answer")
-    return remat if isinstance(remat, str) else tuple(remat)
+    return remat if remat == "none" or remat == "full" else tuple(remat)
 
 
 @dataclass(frozen=True)

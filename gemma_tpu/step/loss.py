@@ -11,6 +11,7 @@ Letters: B rows, T tokens of a row, D hidden, V this device's part of the vocabu
 device, c of all that share the vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -23,15 +24,25 @@ LOGITS_BYTES = 2**30  # of one chunk's logits on one device, in float32; about t
 MOST_TOKENS = 4096  # of a chunk: with more of them the matmuls get no faster
 
 Axes = tuple[str, ...]
+Gradient = jax.Array | None  # None: not asked for
+Sums = tuple[jax.Array, Gradient]  # of the chunks so far: their loss, the gradient of the head
+Found = tuple[jax.Array, Gradient, Gradient]  # the loss, the gradients of the hidden states and of the head
+Saved = tuple[jax.Array, Gradient]  # the same without the loss, for the backward pass
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def cross_entropy(x_BTD, w_VD, targets_BT, weights_BT, softcap: float | None, chunk: int | None, train_head: bool):
+def cross_entropy(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, softcap: float | None,
+    chunk: int | None, train_head: bool,
+) -> jax.Array:  # fmt: skip
     """sum weights * -log softmax(softcap(x w^T))[target] over all tokens, in float32; `chunk` tokens at a time."""
     return _on_mesh(x_BTD, w_VD, targets_BT, weights_BT, softcap, chunk, train_head, gradients=False)[0]
 
 
-def _on_mesh(x_BTD, w_VD, targets_BT, weights_BT, softcap, chunk, train_head, gradients):
+def _on_mesh(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, softcap: float | None,
+    chunk: int | None, train_head: bool, gradients: bool,
+) -> Found:  # fmt: skip
     rows, seq = split_of("batch", x_BTD.shape[0]), split_of("seq", x_BTD.shape[1])
     vocab = split_of("vocab", w_VD.shape[0])
     split = _names(rows) + _names(seq)
@@ -60,7 +71,10 @@ def _chunk(vocab: int, tokens: int, chunk: int | None) -> int:
     return min(tokens, chunk or max(128, min(MOST_TOKENS, LOGITS_BYTES // (4 * vocab) // 128 * 128)))
 
 
-def _forward(x_BTD, w_VD, targets_BT, weights_BT, *, softcap, chunk, train_head, gradients, split: Axes, vocab: Axes):
+def _forward(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, softcap: float | None,
+    chunk: int | None, train_head: bool, gradients: bool, split: Axes, vocab: Axes,
+) -> Found:  # fmt: skip
     """On one device: its tokens, its part of the vocabulary. `split`: the mesh axes that the tokens are split over."""
     shared = tuple(axis for axis in vocab if axis in split)  # devices with other tokens and other parts of the head
     group = jax.lax.axis_size(shared) if shared else 1
@@ -69,16 +83,16 @@ def _forward(x_BTD, w_VD, targets_BT, weights_BT, *, softcap, chunk, train_head,
     size = -(-_chunk(w_VD.shape[0], own * group, chunk) // group)
     padded = -own % size
 
-    def pieces(x):
+    def pieces(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, padded)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
 
-    def one(carry, piece):
+    def one(carry: Sums, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, Gradient]:
         loss, dw_VD = carry
         x_cD, targets_c, weights_c = (_gather(x, shared) for x in piece)
         found, dlogits_cV = _chunk_loss(x_cD, w_VD, targets_c, weights_c, softcap, vocab, gradients)
-        if not gradients:
+        if dlogits_cV is None:
             return (loss + found, dw_VD), None
-        if train_head:
+        if dw_VD is not None:
             dw_VD += jnp.einsum("cV,cD->VD", dlogits_cV, x_cD, preferred_element_type=jnp.float32)
         dx_cD = jnp.einsum("cV,VD->cD", dlogits_cV, w_VD, preferred_element_type=jnp.float32)
         return (loss + found, dw_VD), _sum_back(dx_cD, vocab, shared).astype(x_BTD.dtype)
@@ -94,9 +108,13 @@ def _forward(x_BTD, w_VD, targets_BT, weights_BT, *, softcap, chunk, train_head,
     return loss, dx_BTD, dw_VD
 
 
-def _chunk_loss(x_cD, w_VD, targets_c, weights_c, softcap, vocab: Axes, gradients: bool):
+def _chunk_loss(
+    x_cD: jax.Array, w_VD: jax.Array, targets_c: jax.Array, weights_c: jax.Array, softcap: float | None, vocab: Axes,
+    gradients: bool,
+) -> tuple[jax.Array, Gradient]:  # fmt: skip
     """(loss of the chunk, gradient of its logits); every device that holds a part of the vocabulary finds that loss."""
     logits_cV = jnp.einsum("cD,VD->cV", x_cD, w_VD, preferred_element_type=jnp.float32)
+    top_c1: jax.Array | float
     if softcap is None:
         top_c1 = _over(jax.lax.pmax, jnp.max(logits_cV, axis=-1, keepdims=True), vocab)
     else:
@@ -119,26 +137,32 @@ def _chunk_loss(x_cD, w_VD, targets_c, weights_c, softcap, vocab: Axes, gradient
     return loss, dlogits_cV.astype(x_cD.dtype)
 
 
-def _over(reduce, x, axes: Axes):
+def _over(reduce: Callable[[jax.Array, Axes], jax.Array], x: jax.Array, axes: Axes) -> jax.Array:
     return reduce(x, axes) if axes else x
 
 
-def _gather(x, axes: Axes):
+def _gather(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.all_gather(x, axes, tiled=True) if axes else x
 
 
-def _sum_back(dx_cD, vocab: Axes, shared: Axes):
+def _sum_back(dx_cD: jax.Array, vocab: Axes, shared: Axes) -> jax.Array:
     """Each part of the vocabulary adds its share to the gradient of every token, on the device of that token."""
     dx_cD = _over(jax.lax.psum, dx_cD, tuple(axis for axis in vocab if axis not in shared))
     return jax.lax.psum_scatter(dx_cD, shared, tiled=True) if shared else dx_cD
 
 
-def _vjp_forward(x_BTD, w_VD, targets_BT, weights_BT, softcap, chunk, train_head):
+def _vjp_forward(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, softcap: float | None,
+    chunk: int | None, train_head: bool,
+) -> tuple[jax.Array, Saved]:  # fmt: skip
     loss, dx, dw = _on_mesh(x_BTD, w_VD, targets_BT, weights_BT, softcap, chunk, train_head, gradients=True)
+    assert dx is not None  # asked for
     return loss, (dx, None if dw is None else dw.astype(w_VD.dtype))
 
 
-def _vjp_backward(softcap, chunk, train_head, saved, g):
+def _vjp_backward(
+    softcap: float | None, chunk: int | None, train_head: bool, saved: Saved, g: jax.Array
+) -> tuple[jax.Array, Gradient, None, None]:
     dx_BTD, dw_VD = saved
     dx_BTD = (dx_BTD * g).astype(dx_BTD.dtype)
     return dx_BTD, None if dw_VD is None else (dw_VD * g).astype(dw_VD.dtype), None, None

@@ -54,7 +54,7 @@ def roles(model: Decoder) -> dict[str, Role]:
 def schedule(section: OptimConfig, total_steps: int) -> tuple[optax.Schedule, list[str]]:
     """The learning rate by step, and what had to be changed to make it fit a short run (said, never silent)."""
     warmup, notes = _warmup(section, total_steps)
-    rest = max(total_steps - warmup, 1)
+    rest = decay = max(total_steps - warmup, 1)
     shapes = {
         "cosine": lambda: [optax.cosine_decay_schedule(section.lr, rest)],
         "linear": lambda: [optax.linear_schedule(section.lr, 0.0, rest)],
@@ -100,7 +100,7 @@ def optimizer(
     whole = optax.chain(*chain)
     if len(moving) == len(roles or {}):
         return whole
-    labels = {path: "still" if role.still else "moving" for path, role in roles.items()}
+    labels = {path: "still" if role.still else "moving" for path, role in (roles or {}).items()}
     return optax.partition({"moving": whole, "still": optax.set_to_zero()}, labels)
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_tpu.gemma.model import Decoder, Remat, softcap
+from gemma_tpu.gemma.model import Decoder, softcap
+from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.gemma.sites import sites
 from gemma_tpu.schema import Config, PreferenceConfig
 from gemma_tpu.step.loss import MOST_TOKENS
@@ -92,12 +93,12 @@ def _log_probabilities(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array,
     size = max(1, min(tokens, MOST_TOKENS // rows))
     padded = -tokens % size
 
-    def pieces(x_BT):
+    def pieces(x_BT: jax.Array) -> jax.Array:
         x_BT = jnp.pad(x_BT, [(0, 0), (0, padded)] + [(0, 0)] * (x_BT.ndim - 2))
         return jnp.moveaxis(x_BT.reshape(rows, -1, size, *x_BT.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(piece):
+    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BtD, targets_Bt = piece
         logits_BtV = jnp.einsum("BtD,VD->BtV", x_BtD, w_VD, preferred_element_type=jnp.float32)
         logits_BtV = softcap(logits_BtV, cap)

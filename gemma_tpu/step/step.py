@@ -6,52 +6,52 @@ What trains is a plain {path: array} dict: the optimizer, the checkpoint and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gemma_tpu.gemma.model import Decoder, Remat
+from gemma_tpu.gemma.model import Decoder, Objective
 from gemma_tpu.gemma.projection import Base
+from gemma_tpu.gemma.remat import Remat
 from gemma_tpu.step.loss import cross_entropy
 
+Tree = TypeVar("Tree")
 Trained = dict[str, jax.Array]
+Frozen = nnx.State[Any, Any]
 State = dict[str, Any]  # {"trained": Trained, "opt": optax state, "step": int32}
 Batch = dict[str, jax.Array]  # [A, B, T] leaves: micro-batches, rows, tokens
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of a Batch that is not there
 Metrics = dict[str, jax.Array]
+Step = Callable[[State, Frozen, Batch], tuple[State, Metrics]]
+Grade = Callable[[Trained, Frozen, Batch], tuple[jax.Array, jax.Array]]  # (summed loss, number of targets)
 
 
 @dataclass(frozen=True)
 class Parts:
     """A model taken apart: its graph, the names of what trains, and what is frozen."""
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef[Decoder]
     names: tuple[str, ...]
-    structure: Any  # of the nnx.State that holds what trains, leaves in the order of `names`
-    frozen: nnx.State
+    structure: jax.tree_util.PyTreeDef  # of the nnx.State that holds what trains, leaves in the order of `names`
+    frozen: Frozen
     objective: "Objective"
 
-    def merge(self, trained: Trained, frozen: nnx.State) -> Decoder:
+    def merge(self, trained: Trained, frozen: Frozen) -> Decoder:
         state = jax.tree.unflatten(self.structure, [trained[name] for name in self.names])
         return nnx.merge(self.graph, state, frozen)
 
 
 def take_apart(model: Decoder) -> tuple[Parts, Trained]:
-    graph, state, frozen = nnx.split(model, model.trains, ...)
+    graph, state, *rest = nnx.split(model, model.trains, ...)
+    (frozen,) = rest
     flat = {".".join(map(str, path)): leaf.get_raw_value() for path, leaf in nnx.to_flat_state(state)}
     leaves, structure = jax.tree.flatten(state)
     if len(leaves) != len(flat) or any(a is not b for a, b in zip(leaves, flat.values(), strict=True)):
         raise AssertionError("the flat state lists its leaves in another order than the tree does")
     return Parts(graph, tuple(flat), structure, frozen, model.objective or CrossEntropy()), flat
-
-
-class Objective(Protocol):
-    """What training makes small: a sum over a micro-batch [B, T], and what all micro-batches' sum is divided by."""
-
-    def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None, remat: Remat) -> jax.Array: ...
-    def weight(self, batch: Batch) -> jax.Array: ...
 
 
 class CrossEntropy:
@@ -74,7 +74,7 @@ def summed_loss(model: Decoder, batch: Batch, key: jax.Array | None, remat: Rema
 
 
 def mean_loss_and_grads(
-    parts: Parts, trained: Trained, frozen: nnx.State, batch: Batch, key: jax.Array | None = None,
+    parts: Parts, trained: Trained, frozen: Frozen, batch: Batch, key: jax.Array | None = None,
     remat: Remat = "none",
 ) -> tuple[jax.Array, Trained]:  # fmt: skip
     """Mean loss over all target tokens of all micro-batches, and its gradients.
@@ -83,7 +83,7 @@ def mean_loss_and_grads(
     """
     total = jnp.maximum(parts.objective.weight(batch), 1.0)
 
-    def one(carry, piece):
+    def one(carry: tuple[jax.Array, Trained], piece: tuple[jax.Array, Batch]) -> tuple[tuple[jax.Array, Trained], None]:
         loss, grads = carry
         number, micro = piece
         micro_key = None if key is None else jax.random.fold_in(key, number)
@@ -100,7 +100,7 @@ def mean_loss_and_grads(
     return loss, grads
 
 
-def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
+def keep_if_unsound(sound: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new`, or `old` where the update's loss or gradient is no number.
 
     Counters go on in either case, so the learning rate stays that of the step and not of the updates applied.
@@ -110,16 +110,17 @@ def keep_if_unsound(sound: jax.Array, new: Any, old: Any) -> Any:
         counts = jnp.issubdtype(new_leaf.dtype, jnp.integer) and new_leaf.ndim == 0
         return new_leaf if counts else jnp.where(sound, new_leaf, old_leaf)
 
-    return jax.tree.map(choose, new, old)
+    chosen: Tree = jax.tree.map(choose, new, old)
+    return chosen
 
 
 def make_train_step(
     parts: Parts, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, remat: Remat, seed: int,
     dropout: bool,
-) -> Callable[[State, nnx.State, Batch], tuple[State, Metrics]]:  # fmt: skip
+) -> Step:  # fmt: skip
     """The function that `train` jits and a planner can lower: (state, frozen, batch) -> (state, metrics)."""
 
-    def train_step(state: State, frozen: nnx.State, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
         # The key comes from the step number, so a resumed run draws what the unbroken one would have drawn.
         key = jax.random.fold_in(jax.random.key(seed), state["step"]) if dropout else None
         loss, grads = mean_loss_and_grads(parts, state["trained"], frozen, batch, key, remat)
@@ -142,10 +143,10 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(parts: Parts) -> Callable[[Trained, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
-    """(what trains, frozen, batch [A, B, T]) -> (summed loss, number of targets)."""
+def make_eval_step(parts: Parts) -> Grade:
+    """Of all micro-batches of a batch."""
 
-    def eval_step(trained: Trained, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(trained: Trained, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = parts.merge(trained, frozen)
         losses = jax.lax.map(lambda micro: parts.objective(model, micro, None, "none"), batch)
         return jnp.sum(losses), parts.objective.weight(batch)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.storage import stage, staging
@@ -194,7 +194,7 @@ def _listed(bucket: BucketSource) -> dict[str, int]:
         return {}
 
 
-def _record(bucket: BucketSource, there: dict[str, int]) -> dict:
+def _record(bucket: BucketSource, there: dict[str, int]) -> dict[str, Any]:
     if UNFINISHED not in there:
         return {}
     found = parse_json(bucket.read(UNFINISHED, 0, there[UNFINISHED]), bucket.path(UNFINISHED))

@@ -42,7 +42,7 @@ class HubSource(RemoteSource):
         return " ".join(dict.fromkeys(str(value) for value in named if value)) or "not named in the model card"
 
     def _list(self, recursive: bool) -> dict[str, File]:
-        def ask() -> list:
+        def ask() -> list[Any]:
             return [*self._api.list_repo_tree(self.repo, revision=self.revision, recursive=recursive)]
 
         files = {}

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.storage.header import DTYPES, Shard, TensorInfo, parse_json
@@ -73,13 +74,15 @@ def parse_size(text: str) -> int:
 
 def _metadata(base: Checkpoint, shard: Shard) -> dict[str, str]:
     header = parse_json(base.read_header(shard.name)[8:], f"the header of {shard.name}")
-    return header.get("__metadata__", {"format": "pt"})
+    metadata: dict[str, str] = header.get("__metadata__", {"format": "pt"})
+    return metadata
 
 
 def _shard(name: str, tensors: Sequence[TensorInfo], metadata: dict[str, str]) -> OutShard:
     """Wide dtypes first, so that every tensor is aligned to its own elements."""
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header, at = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}  # and for each tensor its dtype, shape and place
+    at = 0
     for tensor in ordered:
         end = at + tensor.end - tensor.start
         header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}

@@ -262,7 +262,8 @@ class BucketSource(RemoteSource):
         return files
 
     def _fetch(self, name: str, start: int, end: int) -> bytes:
-        return self.fs.cat_file(self.path(name), start=start, end=end)
+        found: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
+        return found
 
 
 def restore_url(where: str | Path) -> str:
@@ -287,7 +288,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     if scheme in ("http", "https"):
         raise UserError(f"{url}: a web address cannot be listed; use a local folder, gs://, s3:// or hf://org/name")
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, base = fsspec.core.url_to_fs(url)
+        return fs, base
     except ImportError as error:
         if scheme in _EXTRAS:
             raise UserError(f"{url}: reading {scheme}:// needs one more package: "

@@ -121,7 +121,7 @@ class Checkpoint:
     def _reader(self, info: TensorInfo) -> ReadInto:
         def read_into(start: int, out: np.ndarray) -> None:
             try:
-                self.source.read_into(info.shard, start, memoryview(out.reshape(-1).view(np.uint8)))
+                self.source.read_into(info.shard, start, out.reshape(-1).view(np.uint8).data)
             except RunError as error:
                 raise RunError(f"{info.name}: {error}") from None
 
@@ -249,7 +249,8 @@ def _scratch(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if getattr(_thread, "scratch", np.empty(0)).nbytes < size:
         _thread.scratch = np.empty(size, np.uint8)
-    return _thread.scratch[:size].view(dtype).reshape(shape)
+    memory: np.ndarray = _thread.scratch[:size]
+    return memory.view(dtype).reshape(shape)
 
 
 def _fill(read_into: ReadInto, offset: int, shape: tuple[int, ...], boxes: list[tuple[Bounds, np.ndarray]],

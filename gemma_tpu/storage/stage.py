@@ -10,15 +10,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.storage.header import parse_json
+from gemma_tpu.storage.hub import HubSource
 from gemma_tpu.storage.remote import (
     HIDDEN,
     MANIFEST,
@@ -64,9 +66,9 @@ def stage(source: str | Path, target: str | Path, *, overwrite: bool = False,
     # Its headers: an incomplete source is refused before anything is copied.
     checkpoint = open_checkpoint(source if named else f"hf://{source}")
     origin = checkpoint.source
-    licence = getattr(origin, "licence", None)
+    licence, revision = (origin.licence, origin.revision) if isinstance(origin, HubSource) else (None, None)
     if licence is not None:
-        say(f"{origin.where} at {origin.revision}, licence: {licence}")
+        say(f"{origin.where} at {revision}, licence: {licence}")
     files, left = _choose(checkpoint)
     if left:
         say(f"{len(left)} files are left behind, as no part of the checkpoint: {', '.join(left)}")
@@ -77,7 +79,7 @@ def stage(source: str | Path, target: str | Path, *, overwrite: bool = False,
         f"{sum(file.size for file in missing) / 1e9:.2f} GB to copy")
     copy.run(missing)
     return {
-        "source": origin.where, "revision": getattr(origin, "revision", None), "licence": licence,
+        "source": origin.where, "revision": revision, "licence": licence,
         "target": bucket.where, "manifest": f"{bucket.where}/{MANIFEST}", "files": len(files), "copied": len(missing),
         "skipped": len(files) - len(missing), "left_out": left, "bytes": sum(file.size for file in missing),
         "retries": origin.retries + bucket.retries, "seconds": time.monotonic() - began,
@@ -172,9 +174,13 @@ class _Copy:
             if MANIFEST in self.there:
                 self.bucket.fs.rm_file(self.bucket.path(MANIFEST))
         with Transfer("copied", self.origin) as transfer:
+
+            def tell(before: int, part: int) -> None:
+                transfer.update(before + part, total)
+
             for file in missing:
                 transfer.update(done, total)
-                self._copy(file, lambda part, done=done: transfer.update(done + part, total))
+                self._copy(file, partial(tell, done))
                 done += file.size
                 transfer.update(done, total)
                 self._write(UNFINISHED, self._state())
@@ -245,7 +251,7 @@ class _Digest:
 def _chunks(source: Source, file: File) -> Iterator[bytearray]:
     """The file in order, the next chunks being fetched while one is used."""
     with ThreadPoolExecutor(_CHUNKS_AHEAD, "chunks") as pool:
-        pending: deque = deque()
+        pending: deque[Future[bytearray]] = deque()
         try:
             for start in range(0, file.size, _CHUNK_BYTES):
                 end = min(start + _CHUNK_BYTES, file.size)

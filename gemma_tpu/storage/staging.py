@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 from gemma_tpu.errors import RunError, UserError
 
@@ -84,12 +85,12 @@ def walk_names(folder: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(place, name), folder)
 
 
-def write_file(path: Path, write: Callable) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Creates a file, lets `write(file)` fill it and returns when the disk has it."""
     begin_file(path, write)()
 
 
-def begin_file(path: Path, write: Callable) -> Callable[[], None]:
+def begin_file(path: Path, write: Callable[[BinaryIO], object]) -> Callable[[], None]:
     """The same up to where the system has the file; to be followed by the call that it gives, which waits for the
     disk."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def model_config(sizes: TinyDims, dtype: str, text_only: bool = False, arch: str
     family = row.family
     dtype_key = {"torch_dtype" if family.is_gemma3 else "dtype": dtype}
     text = _gemma3_text(row, sizes) if family.is_gemma3 else _gemma4_text(row, sizes) | dtype_key
-    text = dict(sorted((text | row.text | {"model_type": f"{family.name}_text"}).items()))
+    text = dict(sorted({**text, **row.text, "model_type": f"{family.name}_text"}.items()))
     if text_only or not row.towers:
         return {"architectures": [f"{family.cls}ForCausalLM"], **dict(sorted((text | dtype_key).items()))}
     towers = {f"{tower.part}_config": tower.config_for(sizes.hidden) for tower in row.towers}

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tpu.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Published ids (0-4, 98, 105, 106); the others take free places below 107, where Gemma has fillers too.
 SPECIAL = {
@@ -138,7 +141,7 @@ def _train_merges(texts: Iterable[str], size: int) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
 
 
-def _assemble(ids: dict[str, int], merges: list[tuple[str, str]], words: Words):
+def _assemble(ids: dict[str, int], merges: list[tuple[str, str]], words: Words) -> "Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)

@@ -45,7 +45,7 @@ def write_weights(folder: Path, shapes: dict[str, Shape], seed: int, dtype: str,
     names = sorted(shapes)
     # Cut by count and not by layer: in published checkpoints the tensors of one layer straddle shards too.
     cuts = [len(names) * i // SHARDS for i in range(SHARDS + 1)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for i in range(SHARDS):
         file = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.step.job import Policy
 
 SCHEDULE = "*train_step*after_optimizations_after_buffer_assignment.txt"
 MEMORY = "*train_step*memory-usage-report.txt"
@@ -50,7 +51,7 @@ class Compiled:
 
 def compile_for(
     config: dict[str, Any], topology: str, mesh: dict[str, int], folder: Path, *, architecture: dict[str, Any],
-    remat: Any, total_steps: int, full: bool = False, timeout: float = 3600.0,
+    remat: Policy, total_steps: int, full: bool = False, timeout: float = 3600.0,
 ) -> Compiled:  # fmt: skip
     """Compile the train step of `config` (a plain tree) on `mesh` for `topology` ("v5p:2x2x1") into `folder`.
 
@@ -132,8 +133,8 @@ def main(request: dict[str, Any]) -> None:
     program.adapt(model, config)
     shardings, _ = loading.place(model, mesh, config.mesh.replicate_kv)
     program.abstract(model, shardings)
-    remat = request["remat"] if isinstance(request["remat"], str) else tuple(request["remat"])
-    step = program.build(config, model, shardings, mesh, request["total_steps"], None if remat == "auto" else remat)
+    remat: Policy = tuple(request["remat"]) if isinstance(request["remat"], list) else request["remat"]
+    step = program.build(config, model, shardings, mesh, request["total_steps"], remat)
     accumulation = config.train.accumulation
     batch = step.abstract_batch(accumulation, config.train.batch_size // accumulation, config.data.max_seq_len)
     lowered = step.lower(step.abstract_state(), batch)

@@ -1,16 +1,25 @@
 """XLA's flags for each kind of chip, from one data file that gives each its reason and its measurement."""
 
 from functools import cache
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
 from gemma_tpu.assets import resolve
 
 
+class Entry(TypedDict):
+    """One flag; the file says why, too."""
+
+    flag: str
+    value: Any
+    where: NotRequired[dict[str, int]]  # the sizes of mesh axes that it is for
+
+
 @cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    return yaml.safe_load(resolve("bundled:xla_flags.yaml").read_text())
+def _table() -> dict[str, list[Entry]]:
+    table: dict[str, list[Entry]] = yaml.safe_load(resolve("bundled:xla_flags.yaml").read_text())
+    return table
 
 
 def for_mesh(mesh: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from gemma_tpu.config import to_dict
 from gemma_tpu.data.batches import Loader
@@ -18,6 +17,7 @@ from gemma_tpu.hardware import distributed
 from gemma_tpu.run import metrics
 from gemma_tpu.run.runs import RunFolder
 from gemma_tpu.schema import Config
+from gemma_tpu.step.step import Batch, Metrics
 from gemma_tpu.training import faults, trackers
 from gemma_tpu.training.faults import Notice
 from gemma_tpu.training.meter import Compilations, Meter, Rates
@@ -28,7 +28,7 @@ class Logbook:
 
     def __init__(self, config: Config, run: RunFolder, loader: Loader, start: int, rates: Rates):
         self._loader = loader
-        self._pending: tuple[int, dict[str, jax.Array], int, float] | None = None
+        self._pending: tuple[int, Metrics, int, float] | None = None
         self._watch = faults.Watch(config.faults, self._rows_of, start)
         self._compilations = Compilations()
         self._waited = 0.0
@@ -58,13 +58,13 @@ class Logbook:
         self.meter.restart()
         self._progress.restart()
 
-    def wait_for(self, batches: Iterator) -> dict[str, np.ndarray]:
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
         begun = time.monotonic()
         batch = next(batches)
         self._waited = time.monotonic() - begun
         return batch
 
-    def dispatched(self, number: int, found: dict[str, jax.Array], positions: int) -> None:
+    def dispatched(self, number: int, found: Metrics, positions: int) -> None:
         """Step `number` is on its way, over so many token positions; the one before is read and written."""
         self.catch_up()
         self._pending = (number, found, positions, self._waited)
@@ -110,8 +110,10 @@ class Logbook:
     def close(self) -> None:
         self._compilations.stop()
         self._progress.close()
-        for one in (*self._journals.values(), *self._trackers):
-            one.close()
+        for journal in self._journals.values():
+            journal.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, journal: str, row: Mapping[str, Any]) -> None:
         if journal in self._journals:

@@ -1,5 +1,6 @@
 """What a run does with its time, memory and money, step by step: the measured half of metrics.jsonl."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from gemma_tpu.estimate import roofline
+from gemma_tpu.gemma.variants import Architecture
+from gemma_tpu.hardware import chips
+from gemma_tpu.schema import Config
+from gemma_tpu.step.job import Job, Policy
 
 GIB = 2**30
 
@@ -78,9 +85,9 @@ class Compilations:
         self._listening = False
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
-    def _note(self, event: str, seconds: float, **more: Any) -> None:
+    def _note(self, event: str, duration_secs: float, **more: str | int) -> None:
         if self._listening and event == self.EVENT:
-            self.found.append((str(more.get("fun_name", "a program")), seconds))
+            self.found.append((str(more.get("fun_name", "a program")), duration_secs))
 
     def start(self) -> None:
         self._listening, self.found = True, []
@@ -94,15 +101,9 @@ class Compilations:
         return taken
 
 
-def rates_of(config: Any, arch: Any, mesh: Mapping[str, int], device_kind: str, remat: Any) -> Rates:
+def rates_of(config: Config, arch: Architecture, mesh: Mapping[str, int], device_kind: str, remat: Policy) -> Rates:
     """From the planner's arithmetic and the table of chips; the config's price wins over the list's."""
-    from gemma_tpu.estimate import roofline
-    from gemma_tpu.hardware import chips
-    from gemma_tpu.step.job import Job
-
-    size = 1
-    for n in mesh.values():
-        size *= n
+    size = math.prod(mesh.values())
     place = chips.of_devices(device_kind, size)
     usd = config.log.usd_per_hour or (place.usd if place else None)
     if place is None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+
+from jax.sharding import Mesh
 
 from gemma_tpu.errors import RunError
 from gemma_tpu.estimate import advice
@@ -15,7 +16,7 @@ from gemma_tpu.training import faults
 
 
 @contextmanager
-def explained(config: Config, arch: Architecture, mesh: Any) -> Iterator[None]:
+def explained(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[None]:
     """What the compiler or the devices say of memory becomes one message with what would fit."""
     try:
         yield

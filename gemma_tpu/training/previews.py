@@ -1,7 +1,5 @@
 """The same few prompts completed again and again while a run goes on: what the numbers mean, in words."""
 
-from typing import Any
-
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.variants import Architecture
@@ -34,7 +32,7 @@ class Previews:
         """(prompt, completion) of each prompt by the model as it is now."""
         if not self.prompts:
             return []
-        model: Any = parts.merge(trained, parts.frozen)
+        model = parts.merge(trained, parts.frozen)
         made = sampler.generate(model, self._ids, self._tokenizer.stop_ids, self._settings, rows=len(self._ids))
         texts = (self._tokenizer.decode(one.tokens) for one in made)
         return list(zip(self.prompts, texts, strict=True))

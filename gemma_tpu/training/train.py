@@ -8,9 +8,10 @@ its last state saved or named.
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gemma_tpu.adapter import lora
 from gemma_tpu.config import to_dict
-from gemma_tpu.data.batches import Loader
+from gemma_tpu.data.batches import Batch, BatchIterator, Loader
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.model import Decoder
@@ -71,28 +72,31 @@ class Trainer:
         folder = checkpoint.folder_of(self.run.path, section.folder)
         return Checkpoints(folder, section.keep, section.keep_best if self.held_out is not None else 0)
 
-    def resume(self, checkpoints: Checkpoints, batches: Any) -> int:
+    def resume(self, checkpoints: Checkpoints, batches: BatchIterator) -> int:
         """Go on from the latest checkpoint that can be read, if there is one; returns the step that it stands at."""
         agreement = distributed.Agreement()
         unreadable: list[tuple[int, RunError]] = []
         for latest in reversed(checkpoints.steps):
+            saved: dict[str, Any] | None = None
+            failure: RunError | None = None
             try:
-                saved, failure = self._restore(checkpoints, latest), None
+                saved = self._restore(checkpoints, latest)
             except RunError as error:
-                saved, failure = None, error
-            if any(agreement.now([failure is not None])):  # what one host cannot read, none goes on from
+                failure = error
+            unread = any(agreement.now([failure is not None]))  # what one host cannot read, none goes on from
+            if unread or saved is None:
                 elsewhere = RunError(f"{checkpoints.at(latest)}: another host cannot read it")
                 unreadable.append((latest, failure or elsewhere))
                 continue
-            for step_number, error in unreadable:
-                say(f"warning: {error}; it is skipped, and lies in {checkpoints.put_aside(step_number)} now")
+            for step_number, why in unreadable:
+                say(f"warning: {why}; it is skipped, and lies in {checkpoints.put_aside(step_number)} now")
             self.state |= {"trained": saved["trained"], "opt": saved["opt"], "step": self.program.at(latest)}
             self.losses = {int(at): loss for at, loss in saved["record"].get("held_out", {}).items()}
             batches.set_state(saved["record"]["data"])
             return latest
         if unreadable:
             raise RunError(
-                "\n".join(str(error) for _, error in unreadable) + f"\nno checkpoint in {checkpoints.folder} can be "
+                "\n".join(str(why) for _, why in unreadable) + f"\nno checkpoint in {checkpoints.folder} can be "
                 "read, so there is nothing to go on from; move them away to train from the start"
             )
         return 0
@@ -119,7 +123,7 @@ class Trainer:
 
     # --- running ----------------------------------------------------------------------------------------------
 
-    def compile(self, batch: dict[str, np.ndarray]) -> Any:
+    def compile(self, batch: Batch) -> step.Step:
         begun, cache = time.monotonic(), devices.CompileCache(self.config.train.compile_cache)
         with oom.explained(self.config, self.model.arch, self.mesh):
             compiled = self.program.compile(self.program.lower(self.state, self.program.place(batch)))
@@ -128,11 +132,12 @@ class Trainer:
             f"({cache.told('train_step')})")  # fmt: skip
         return compiled
 
-    def compile_all(self, start: int) -> Any:
+    def compile_all(self, start: int) -> step.Step:
         """The step for every length of batch that the rest of the run has: one program that takes any of them."""
-        programs = {width: self.compile(self.loader[step]) for width, step in self.loader.first_steps(start).items()}
+        first = self.loader.first_steps(start).items()
+        programs = {width: self.compile(self.loader[number]) for width, number in first}
 
-        def run(state: step.State, frozen: Any, batch: step.Batch) -> tuple[step.State, step.Metrics]:
+        def run(state: step.State, frozen: step.Frozen, batch: step.Batch) -> tuple[step.State, step.Metrics]:
             width = batch["tokens"].shape[-1]
             if width not in programs:
                 raise TypeError(f"a batch of length {width}: the step is compiled for {', '.join(map(str, programs))}")
@@ -172,7 +177,8 @@ class Trainer:
         early = "" if start >= self.loader.total_steps else f", stopped early of {self.loader.total_steps}"
         say(f"{self.run.path} is complete ({start} updates{early}); to train on, give another run_dir")
         if self.run.summary.exists():
-            return json.loads(self.run.summary.read_text())
+            summary: dict[str, Any] = json.loads(self.run.summary.read_text())
+            return summary
         return self.finish(start, {})
 
     # --- what is measured now and then ------------------------------------------------------------------------
@@ -230,7 +236,7 @@ class Trainer:
 class _Loop:
     """One call of `fit`: the steps, and between them what is due."""
 
-    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, batches: Any, start: int):
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, batches: BatchIterator, start: int):
         self._trainer, self._checkpoints, self._batches, self._start = trainer, checkpoints, batches, start
         self._config, self._total = trainer.config, trainer.loader.total_steps
         config, arch = trainer.config, trainer.model.arch
@@ -264,7 +270,7 @@ class _Loop:
                            "Run the same command again to go on from there")  # fmt: skip
         return trainer.finish(number, self._figures())
 
-    def _steps(self, compiled: Any, asked: list[signal.Signals]) -> tuple[int, int]:
+    def _steps(self, compiled: step.Step, asked: list[signal.Signals]) -> tuple[int, int]:
         """To the last step, or to where it is to stop: (that step, the signal that asked for it or 0)."""
         trainer, log, stop = self._trainer, self._log, 0
         self._saved_at = time.monotonic()
@@ -358,7 +364,7 @@ class _Loop:
 
 
 def held_out_loss(
-    parts: step.Parts, trained: step.Trained, loader: Loader, mesh: Mesh, grade: Callable | None = None
+    parts: step.Parts, trained: step.Trained, loader: Loader, mesh: Mesh, grade: step.Grade | None = None
 ) -> float:
     """Mean loss over every target token of a loader's first epoch; `grade`: the eval step, jitted before."""
     run = grade or jax.jit(step.make_eval_step(parts))
@@ -377,7 +383,7 @@ def _signals() -> Iterator[list[signal.Signals]]:
     """SIGINT and SIGTERM are noted, and the loop stops after the step in flight; a second SIGINT ends at once."""
     asked: list[signal.Signals] = []
 
-    def note(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number))
@@ -390,5 +396,5 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def count(parameters: nnx.State) -> int:
+def count(parameters: nnx.State[Any, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parameters))

@@ -75,13 +75,13 @@ def first_adapter(config: Config) -> tuple[dict[str, Any], str, float]:
 
     model, checkpoint = loading.build(config.model.path, dtype=config.model.dtype)
     say(lora.table(program.adapt(model, config)))
-    if config.lora.init_from is None:
+    if (folder := config.lora.init_from) is None:
         values = lora.initial(model, config.train.seed)
     else:
-        values, told = start.taken_up(model, config.lora, config.train.seed, checkpoint)
+        values, told = start.taken_up(model, folder, config.lora.dora, config.train.seed, checkpoint)
         say("\n".join(told))
     record = {"method": "lora", "adapter": lora.record(model, config.lora), "config": configs.to_dict(config)}
-    found = merging.updates_of(adapters.Trained(Path(config.run_dir), 0, record, values), model.arch)
+    found = merging.lora_updates(adapters.Trained(Path(config.run_dir), 0, record, values), model.arch)
     flops = roofline.work(model.arch, job.Job.of(config, {}, "none")).useful
     return found, card.name_of(str(config.model.path)), flops
 
