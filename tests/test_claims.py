@@ -3,6 +3,7 @@ fails loudly where a claim is broken, or where its figure is missing."""
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -218,6 +219,15 @@ def test_keys_lead_through_lists_and_names_with_dots(bench, found):
     assert at({"many": [{"s": 1.5}]}, "many.0.s", "") == 1.5
     with pytest.raises(KeyError, match="no figure at many.1.s"):
         at({"many": [{"s": 1.5}]}, "many.1.s", "many.1.s")
+
+
+def test_a_share_is_claimed_in_percent_and_the_runs_own_time_can_be_claimed(bench, found):
+    run, padding = found.runs["packing"], found.claims["packing-padding"]
+    made = result(run, {"padding": [{"pack": 0.006}, {"pack": 0.0051}]})
+    (verdict,) = bench.run.check([padding], run, made)
+    assert (verdict.state, padding.told(verdict.figure)) == ("holds", "0.51 %")
+    timed = dataclasses.replace(padding, key="cpu_seconds", times=1.0)
+    assert bench.run.check([timed], run, made)[0].figure == made["cpu_seconds"]
 
 
 @pytest.fixture
