@@ -12,7 +12,7 @@ attention  a row of T tokens, forward and backward: seconds, and memory of the c
 rows       `prepare`, JSONL to token ids, one process: seconds and MB that Python holds at most.
 layers     the train step: seconds of a step, of tracing and lowering it, and of compiling. Layers are stacked and
            scanned from 9 periods on (up to 8 a CPU has them unrolled), so the sizes begin above that.
-targets    the same by how many of the seven projections have an adapter: q; q, v; q, k, v, o; all.
+targets    the same by how many of the seven projections have an adapter: q; q, o; q, o, k, v; all.
 devices    the step on fsdp=1 to 8 fake devices, all of the same rows: seconds of compiling; memory of one device.
 """
 
@@ -34,8 +34,9 @@ HERE = Path(__file__).resolve().parent
 LENGTHS, WINDOW, HEADS, KV_HEADS, HEAD_DIM = (1024, 2048, 4096, 8192), 256, 4, 2, 32
 ROWS = (1000, 2000, 4000, 8000)
 LAYERS = (18, 36, 72, 144)  # in periods of two
-TARGETS = (["q_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], "all")
-PROJECTIONS = 7
+# In the order in which they get adapters; K and V of a layer are one tensor, so they come together.
+PROJECTIONS = ("q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = (1, 2, 4, 7)
 DEVICES = (1, 2, 4, 8)
 MODEL = {"pattern": 1, "hidden": 64, "mlp": 128, "heads": 4, "kv_heads": 2, "global_kv_heads": 2, "head_dim": 16,
          "global_head_dim": 16, "window": 64, "vocab": 1024}  # fmt: skip
@@ -131,7 +132,7 @@ def rows(folder: Path, rounds: int) -> dict[str, Sizes]:
     return {"rows": [{"size": float(n), "seconds": seconds[float(n)], "memory": held(n)} for n in ROWS]}
 
 
-def parts_of(base: Path, devices: int = 1, targets: Any = "all") -> Any:
+def parts_of(base: Path, devices: int = 1, targets: int = len(PROJECTIONS)) -> Any:
     """All of which `gemma-tpu train` makes its program: config, model, checkpoint, shardings and mesh."""
     import jax
 
@@ -142,7 +143,7 @@ def parts_of(base: Path, devices: int = 1, targets: Any = "all") -> Any:
     config = configs.from_dict({
         "model": {"path": str(base), "dtype": "float32"},
         "data": {"max_seq_len": 128, "validation": None},
-        "lora": {"targets": targets, "rank": 8, "alpha": 8},
+        "lora": {"targets": list(PROJECTIONS[:targets]), "exclude": list(PROJECTIONS[targets:]), "rank": 8, "alpha": 8},
         "train": {"steps": 100, "epochs": None, "batch_size": 8, "accumulation": 1, "remat": "none"},
     })  # fmt: skip
     model, checkpoint = loading.build(base, dtype="float32")
@@ -152,7 +153,7 @@ def parts_of(base: Path, devices: int = 1, targets: Any = "all") -> Any:
     return config, model, checkpoint, shardings, on
 
 
-def compiled(base: Path, run: bool, devices: int = 1, targets: Any = "all") -> tuple[dict[str, float], Any]:
+def compiled(base: Path, run: bool, devices: int = 1, targets: int = len(PROJECTIONS)) -> tuple[dict[str, float], Any]:
     """Seconds of tracing and of compiling, memory of one device; with `run` what makes one step, too."""
     import jax
 
@@ -194,7 +195,7 @@ def compiled(base: Path, run: bool, devices: int = 1, targets: Any = "all") -> t
     return costs, step
 
 
-def of_steps(cases: dict[float, tuple[Path, Any]], rounds: int) -> Sizes:
+def of_steps(cases: dict[float, tuple[Path, int]], rounds: int) -> Sizes:
     """Costs of the train step of (base, targets); each is compiled twice, and the quicker time counts."""
     first = {size: compiled(base, True, targets=targets) for size, (base, targets) in cases.items()}
     again = {size: compiled(base, False, targets=targets)[0] for size, (base, targets) in cases.items()}
@@ -213,14 +214,13 @@ def base_of(folder: Path, layers: int) -> Path:
 
 def layers(folder: Path, rounds: int) -> dict[str, Sizes]:
     compiled(base_of(folder, 20), False)  # what only a process's first program costs
-    return {"layers": of_steps({float(n): (base_of(folder, n), "all") for n in LAYERS}, rounds)}
+    return {"layers": of_steps({float(n): (base_of(folder, n), len(PROJECTIONS)) for n in LAYERS}, rounds)}
 
 
 def targets(folder: Path, rounds: int) -> dict[str, Sizes]:
     base = base_of(folder, LAYERS[0])
     compiled(base, False)
-    counts = [PROJECTIONS if names == "all" else len(names) for names in TARGETS]
-    return {"targets": of_steps({float(n): (base, names) for n, names in zip(counts, TARGETS, strict=True)}, rounds)}
+    return {"targets": of_steps({float(n): (base, n) for n in TARGETS}, rounds)}
 
 
 def devices(folder: Path, rounds: int) -> dict[str, Sizes]:
