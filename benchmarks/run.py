@@ -36,6 +36,7 @@ from peers import environments
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pictures"
 PACKAGES = ("gemma_tpu", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors",
             "tokenizers", "transformers", "torch", "peft")  # fmt: skip
+BUSY = 0.5  # load for each core, above which times are not those of a quiet machine
 HOLDS, BROKEN, NOT = "holds", "BROKEN", "not measured"
 Result = dict[str, Any]
 
@@ -288,14 +289,17 @@ def _bench(args: argparse.Namespace, claims: Claims, picked: Mapping[str, list[C
         return 0
     results, verdicts = newest(RESULTS) if args.from_results else {}, []
     if not args.from_results:
-        minutes = sum(run.minutes for run in runs if not lacks[run.name])
-        print(f"{sum(not lack for lack in lacks.values())} runs, about {minutes:g} minutes", file=sys.stderr)
+        here = [run.minutes for run in runs if not lacks[run.name]]
+        print(f"{len(here)} of {len(runs)} runs can be made here: about {sum(here):g} min", file=sys.stderr)
+        if (load := os.getloadavg()[0]) > BUSY * len(os.sched_getaffinity(0)):
+            print(f"note: other work runs here (load {load:.1f}): times and their claims suffer", file=sys.stderr)
     for run in runs:
         why = "no result yet" if args.from_results else "; ".join(lacks[run.name])
         if not args.from_results and not why:
-            print(f"== {run.name}: {run.command}, about {run.minutes:g} minutes", file=sys.stderr, flush=True)
+            print(f"== {run.name}: {run.command}, about {run.minutes:g} min", file=sys.stderr, flush=True)
             results[run.name] = measure(run, args.envs)
-            print(f"   {results[run.name]['seconds']:.0f} s: {keep(results[run.name], RESULTS)}", file=sys.stderr)
+            kept = keep(results[run.name], RESULTS)
+            print(f"   {results[run.name]['seconds']:.0f} s: benchmarks/results/{kept.name}", file=sys.stderr)
         verdicts += check(picked[run.name], run, results.get(run.name), why)
     print(f"{table(verdicts)}\n\n{summary(verdicts)}")
     for path in pictures.draw(newest(RESULTS), claims, PICTURES):
