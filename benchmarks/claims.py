@@ -40,9 +40,9 @@ class Claim:
     run: str
     key: str
     form: str
-    figure: float
-    date: str
-    machine: str
+    figure: float | None = None  # None: not measured yet
+    date: str = ""
+    machine: str = ""
     at_least: float | None = None
     at_most: float | None = None
     wanted: float | None = None
@@ -63,8 +63,8 @@ class Claim:
             return True
         return figure >= self.wanted if self.at_least is not None else figure <= self.wanted
 
-    def told(self, figure: float) -> str:
-        return _short(format(figure, self.form)) + self.unit
+    def told(self, figure: float | None) -> str:
+        return "-" if figure is None else _short(format(figure, self.form)) + self.unit
 
     @property
     def bound(self) -> str:
@@ -78,7 +78,8 @@ class Claim:
         """As README has it: what was wanted, or else the bound."""
         both = [value for value in (self.at_least, self.at_most) if value is not None]
         shown = " to ".join(_plain(value) for value in both) if self.wanted is None else _plain(self.wanted)
-        return shown + self.unit.removesuffix(" apart") + ("" if self.reaches(self.figure) else " (missed)")
+        missed = self.figure is not None and not self.reaches(self.figure)
+        return shown + self.unit.removesuffix(" apart") + " (missed)" * missed
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def _plain(value: float) -> str:
 
 
 def load(file: Path = FILE) -> Claims:
-    text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise Wrong(f"{file} is no YAML: {error}") from None
     wrong = list(faults(text))
     if wrong:
         raise Wrong("\n  ".join([f"{file}:", *wrong]))
@@ -117,7 +121,7 @@ def load(file: Path = FILE) -> Claims:
     claims = {}
     for one in text["claims"]:
         rest = {key: value for key, value in one.items() if key not in ("measured", "said")}
-        measured = one["measured"] | {"date": str(one["measured"]["date"])}
+        measured = {key: str(value) if key == "date" else value for key, value in (one["measured"] or {}).items()}
         rest.setdefault("by", f"make bench ONLY={one['run']}")
         claims[one["id"]] = Claim(**rest, **measured, said=tuple(one.get("said", ())))
     return Claims(text["machines"], runs, claims, tuple(text["readme"]))
@@ -164,7 +168,10 @@ def _faults_of(claim: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[st
     words = [name for name in ("at_least", "at_most", "wanted", "times") if not _number(claim.get(name, 0))]
     yield from (f"{name} = {claim[name]!r} is no number (YAML wants 1.0e-4, not 1e-4)" for name in words)
     measured = claim["measured"]
-    if set(measured) != {"figure", "date", "machine"} or not _number(measured["figure"]):
+    if measured is None:
+        if any(f"{{{claim['id']}}}" in cell for table in text["readme"] for row in table["rows"] for cell in row):
+            yield "README names it, and it was never measured"
+    elif set(measured) != {"figure", "date", "machine"} or not _number(measured["figure"]):
         yield f"measured must have figure (a number), date and machine, and is {measured}"
     elif measured["machine"] not in text["machines"] or not re.fullmatch(r"\d{4}-\d\d-\d\d", str(measured["date"])):
         yield f"measured on {measured['machine']}, {measured['date']}: a name of machines, and YYYY-MM-DD"

@@ -187,7 +187,7 @@ def _verdict(claim: Claim, result: Result) -> Verdict:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    head = ("claim", "stated", "found", "bound", "", "what")
+    head = ("claim", "stated", "found", "bound", "state", "what")
     rows = [head]
     for one in verdicts:
         figure = "-" if one.figure is None else one.claim.told(one.figure)

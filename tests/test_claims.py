@@ -60,6 +60,7 @@ def tree() -> dict:
     (lambda t: t["claims"][1].update(id="base-pass"), "base-pass: stands twice"),
     (lambda t: t["claims"][0]["measured"].update(figure=0.9), "0.9, is outside its own bound"),
     (lambda t: t["claims"][0]["measured"].update(machine="three"), "measured on three"),
+    (lambda t: t["claims"][0].update(measured=None), "base-pass: README names it, and it was never measured"),
     (lambda t: t["runs"]["demo"].update(command="make demo"), "must begin with benchmarks/….py or gemma-tpu"),
     (lambda t: t["runs"]["demo"].update(needs=["trl"]), "needs trl; known are module:…"),
     (lambda t: t["runs"].update(more=t["runs"]["demo"]), "runs.more: no claim is measured by it"),
@@ -72,6 +73,12 @@ def test_a_claims_file_with_a_fault_is_refused_by_name(bench, tmp_path, change, 
     file.write_text(yaml.safe_dump(broken))
     with pytest.raises(bench.claims.Wrong, match=re.escape(message)):
         bench.claims.load(file)
+
+
+def test_a_claims_file_that_is_no_yaml_is_refused(bench, tmp_path):
+    (tmp_path / "claims.yaml").write_text("runs: a: b")
+    with pytest.raises(bench.claims.Wrong, match="is no YAML"):
+        bench.claims.load(tmp_path / "claims.yaml")
 
 
 class Parsed(Exception):
@@ -168,6 +175,18 @@ def test_what_a_claim_says_stands_where_it_is_said(found):
         for name in claim.said:
             figure = claim.told(claim.figure).removesuffix(claim.unit)
             assert figure in (ROOT / name).read_text(), f"{claim.id}: {name} does not say {figure}"
+
+
+def test_a_claim_that_was_never_measured_has_a_bound_and_takes_its_first_figure(bench, found, tmp_path):
+    new = tree()
+    (loop,) = [claim for claim in new["claims"] if claim["id"] == "loop"]
+    loop.update(measured=None, said=[])
+    file = tmp_path / "claims.yaml"
+    file.write_text(yaml.safe_dump(new))
+    claim = bench.claims.load(file).claims["loop"]
+    assert (claim.told(claim.figure), claim.keeps(2.9), claim.keeps(3.1)) == ("-", True, False)
+    filled = bench.claims.with_figures("  - id: loop\n    measured: null\n", {"loop": (1.5, "2027-01-02", "two")})
+    assert filled.splitlines()[1] == "    measured: {figure: 1.5, date: 2027-01-02, machine: two}"
 
 
 def test_a_goal_that_is_missed_is_said(bench, found):
