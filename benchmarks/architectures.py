@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import arch_helper  # noqa: E402  (jax reads the variables above when it is first imported)
 import helpers  # noqa: E402
+import numpy as np  # noqa: E402
 
 MESHES = {
     "gemma4-e2b": ({"fsdp": 2, "tp": 2}, {"tp": 4}),
@@ -69,10 +70,10 @@ def main() -> None:
             meshes[name] = on_meshes(checkpoint(name), name)
     print(f"{time.monotonic() - began:.0f} s")
     if args.json:
-        worst = {key: max(found[key] for found in rows.values()) for key in FIGURES}
+        worst = {key: largest([found[key] for found in rows.values()]) for key in FIGURES}
         short = {f"{what}_short": sum(found[what][1] - found[what][0] for found in rows.values()) for what in COUNTS}
         every = [found for shapes in meshes.values() for found in shapes.values()]
-        on_mesh = {f"mesh_{key}": max(one[at] for one in every) for at, key in enumerate(MESH_FIGURES)} if every else {}
+        on_mesh = {f"mesh_{key}": largest([one[at] for one in every]) for at, key in enumerate(MESH_FIGURES) if every}
         args.json.write_text(json.dumps({"rows": rows, "meshes": meshes, "worst": worst | short | on_mesh}) + "\n")
 
 
@@ -90,6 +91,11 @@ def row(folder: Path, name: str) -> dict[str, Any]:
     total = sum(len(names) for names in same.values())
     counts = {"unchanged": (len(same["identical"]), total), "greedy": (equal, len(theirs))}
     return dict(zip(FIGURES, map(float, figures), strict=True)) | counts
+
+
+def largest(values: list[float]) -> float:
+    """NaN where one is NaN; `max` would pass over it."""
+    return float(np.max(values))
 
 
 def cells(found: dict[str, Any]) -> list[str]:

@@ -121,7 +121,7 @@ def main() -> None:
             print(f"{name:<10}{loss:>14.8f}{wanted[name]:>14.8f}{abs(loss - wanted[name]):>14.2e}")
             losses[name] = {"ours": float(loss), "trl": wanted[name], "apart": abs(float(loss) - wanted[name])}
     if args.json:
-        worst = max(one["apart"] for one in losses.values())
+        worst = float(np.max([one["apart"] for one in losses.values()]))
         args.json.write_text(json.dumps({"losses": losses, "worst": worst}, indent=1) + "\n")
 
 
