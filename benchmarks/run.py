@@ -272,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Wrong as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("interrupted: what was finished is in benchmarks/results", file=sys.stderr)
         return 1
@@ -301,7 +304,7 @@ def _bench(args: argparse.Namespace, claims: Claims, picked: Mapping[str, list[C
             kept = keep(results[run.name], RESULTS)
             print(f"   {results[run.name]['seconds']:.0f} s: benchmarks/results/{kept.name}", file=sys.stderr)
         verdicts += check(picked[run.name], run, results.get(run.name), why)
-    print(f"{table(verdicts)}\n\n{summary(verdicts)}")
+    print(f"{table(verdicts)}\n\n{summary(verdicts)}", flush=True)
     for path in pictures.draw(newest(RESULTS), claims, PICTURES):
         print(f"drawn: {path.relative_to(ROOT)}", file=sys.stderr)
     if args.accept:
