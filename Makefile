@@ -6,12 +6,11 @@ ARGS ?=
 BIN := .venv/bin
 CLI := $(BIN)/gemma-tpu
 CLIENTS := .client-envs
-PEERS := benchmarks/peers_cpu.py benchmarks/tunix_walk.py
 RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; \
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench bench-peers docs clean test-baseline
+.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench docs clean test-baseline
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,11 +83,8 @@ check: .venv/.dev ## lint and types, no tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.dev ## run every benchmark that needs no peer (about an hour)
-	@set -e; for script in $(filter-out $(PEERS),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
-
-bench-peers: .venv/.dev ## beside TRL + PEFT and Tunix, in environments of their own (4 GB, an hour)
-	@set -e; for script in $(PEERS); do echo "== $$script"; $(BIN)/python $$script; done
+bench: .venv/.dev ## measure the claims of benchmarks/claims.yaml; ONLY="growth logits" picks, ARGS=--list lists
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 docs: .venv/.docs ## the documentation as a site, in build/site
 	$(BIN)/zensical build --strict

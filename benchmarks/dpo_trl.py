@@ -1,12 +1,13 @@
 """The preference losses against TRL's own trainers on one tiny model with one adapter, in float32.
 
-    python benchmarks/dpo_trl.py TRL_PYTHON
+    python benchmarks/dpo_trl.py [--envs .bench-envs] [--json FILE]
 
-TRL_PYTHON is the interpreter of an environment with trl, peft and torch (`python -m venv` and `pip install trl peft`).
-It computes the loss of DPOTrainer (sigmoid, sigmoid_norm, ipo; reference: the model with its adapter off) and of
-CPOTrainer (simpo) on the pairs that this process writes, and the two are printed side by side.
+TRL runs in an environment of its own (benchmarks/peers/environments.py). It computes the loss of DPOTrainer (sigmoid,
+sigmoid_norm, ipo; reference: the model with its adapter off) and of CPOTrainer (simpo) on the pairs that this process
+writes, and the two are printed side by side.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from peers import environments
 
 THEIR_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "ipo": "ipo", "simpo": "simpo"}
 THEIRS = '''
@@ -74,7 +76,12 @@ print("RESULT", json.dumps(found))
 '''
 
 
-def main(their_python: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--envs", type=Path, default=environments.DEFAULT)
+    parser.add_argument("--json", type=Path, help="write the losses there")
+    args = parser.parse_args()
+    their_python = environments.python("trl", args.envs)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from helpers import adapter_of, load, loss_and_grads, micro_batches, pairs, random_rows, sheet
 
@@ -106,12 +113,17 @@ def main(their_python: str) -> None:
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         wanted = json.loads(done.stdout.rpartition("RESULT ")[2])
+        losses = {}
         print(f"{'loss':<10}{'ours':>14}{'TRL':>14}{'difference':>14}")
         for name, section in sections.items():
             model.objective = preference.Pairs(section)
             loss, _ = loss_and_grads(model, micro_batches(batch))
             print(f"{name:<10}{loss:>14.8f}{wanted[name]:>14.8f}{abs(loss - wanted[name]):>14.2e}")
+            losses[name] = {"ours": float(loss), "trl": wanted[name], "apart": abs(float(loss) - wanted[name])}
+    if args.json:
+        worst = float(np.max([one["apart"] for one in losses.values()]))
+        args.json.write_text(json.dumps({"losses": losses, "worst": worst}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,6 +1,6 @@
 """What the loop costs beside the step, what checkpoints cost, and whether memory stays flat.
 
-    python benchmarks/durability.py [--steps 2000] [--out FILE.json]
+    python benchmarks/durability.py [--steps 2000] [--json FILE]
 
 Three figures on the tiny CPU config's own model, in one process, on a machine that does nothing else:
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="of the memory run (2000)")
     parser.add_argument("--only", choices=("loop", "checkpoints", "memory"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     from gemma_tpu.hardware import devices
 
@@ -149,8 +149,8 @@ def main() -> None:
             if args.only in (None, part):
                 found[part] = measure(folder)
                 print(part, json.dumps(found[part]), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Times loading onto eight fake devices against reading the same bytes with safetensors alone, and its memory.
 
     python benchmarks/load.py [--model dense|experts] [--gb 4] [--folder /tmp] [--rounds 3] [--mesh fsdp=8 …]
+                              [--json FILE]
 
 Makes a random bfloat16 checkpoint with the layers of Gemma 4 31B or 26B-A4B and loads it on each mesh. fsdp splits
 the columns of most matrices, tp their rows, data leaves them whole on every device. CPU devices take over the memory
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh", nargs="+", default=MESHES)
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -160,12 +162,19 @@ def main() -> None:
           "held beyond the parameters")  # fmt: skip
     print(f"{'case':<20}{'best s':>8}{'GB/s':>7}{'x safetensors':>15}{'cpu s':>8}{'x':>6}{'MB beyond':>11}")
     alone = {key: min(found["safetensors"][key] for found in rounds) for key in ("seconds", "cpu")}
+    figures = {}
     for case in cases:
         best = {key: min(found[case][key] for found in rounds) for key in ("seconds", "cpu")}
         beyond = [f"{found[case]['beyond_mb']:.0f}" for found in rounds if "beyond_mb" in found[case]]
         print(f"{case:<20}{best['seconds']:>8.2f}{rounds[0][case]['gb'] / best['seconds']:>7.2f}"
               f"{best['seconds'] / alone['seconds']:>15.2f}{best['cpu']:>8.2f}{best['cpu'] / alone['cpu']:>6.2f}"
               f"{max(beyond, key=int, default=''):>11}")  # fmt: skip
+        figures[case] = {"seconds": best["seconds"], "over_safetensors": best["seconds"] / alone["seconds"]}
+        if beyond:
+            figures[case]["beyond_mb"] = max(found[case]["beyond_mb"] for found in rounds)
+    if options.json:
+        found = {"cases": figures, "rounds": rounds, "largest_mb": largest}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The merge beside a plain copy of the same files and beside PEFT's merge_and_unload + save_pretrained.
 
-    python benchmarks/merge_bench.py [--layers 8] [--rank 64] [--folder /tmp]
+    python benchmarks/merge_bench.py [--layers 8] [--rank 64] [--folder /tmp] [--json FILE]
 
 A random bfloat16 Gemma 4 with the 31B's widths (8 of its layers and an eighth of its vocabulary: 8 GB in 20 shards, no
 tensor above 400 MB), and a run folder with an Orbax checkpoint of rank 64 on every projection. Each case runs in a
@@ -35,7 +35,6 @@ CONFIG = {
     "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0, "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-BOUNDS = {"peak": "2 x the largest tensor + 700 MiB", "copy": 4.0, "faster": 2.0, "less": 5.0}
 
 
 def make_base(folder: Path, layers: int) -> None:
@@ -162,28 +161,29 @@ def run_case(case: str, scratch: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.monotonic() - began}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         CASES[options.case](options.folder, options.folder / options.case)
         print(json.dumps({"peak": peak_rss_mib(), "cpu": time.process_time()}))
-        return 0
+        return
     os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="merge-bench-") as name:
         scratch = Path(name)
         (scratch / "base").mkdir()
         make_base(scratch / "base", options.layers)
         make_run(scratch / "base", scratch / "run", options.rank)
-        return report(scratch, options)
+        report(scratch, options)
 
 
-def report(scratch: Path, options: argparse.Namespace) -> int:
+def report(scratch: Path, options: argparse.Namespace) -> None:
     base = open_checkpoint(scratch / "base")
     largest = max(base.info(name).end - base.info(name).start for name in base.names()) / 2**20
     print(f"{base.total_bytes / 1e9:.2f} GB bfloat16, {len(base.names())} tensors, {len(base.shards)} shards, largest "
@@ -198,22 +198,19 @@ def report(scratch: Path, options: argparse.Namespace) -> int:
             exact = precision(scratch, scratch / "merge")
         shutil.rmtree(scratch / case, ignore_errors=True)
     merged = found["merge"]
-    checks = {
-        f"peak memory {merged['peak']:.0f} MiB <= {BOUNDS['peak']}": merged["peak"] <= 2 * largest + 700,
-        f"{merged['seconds'] / found['copy']['seconds']:.2f} x a plain copy <= 4":
-            merged["seconds"] <= BOUNDS["copy"] * found["copy"]["seconds"],
-        f"{exact['tensors']} changed tensors within {exact['max_ulp']} ulp of float64, at least "
-        f"{exact['least_identical']:.5%} of each identical":
-            exact["max_ulp"] <= 1 and exact["least_identical"] >= 0.999 and exact["copied_equal"],
-    }  # fmt: skip
+    figures: dict[str, Any] = {
+        "over_copy": merged["seconds"] / found["copy"]["seconds"],
+        "peak_beyond_two_tensors_mib": merged["peak"] - 2 * largest,
+        **exact,
+    }
     if not options.no_peft:
-        faster, less = found["peft"]["seconds"] / merged["seconds"], found["peft"]["peak"] / merged["peak"]
-        checks |= {f"{faster:.2f} x faster than PEFT >= 2": faster >= BOUNDS["faster"],
-                   f"{less:.2f} x less memory than PEFT >= 5": less >= BOUNDS["less"]}  # fmt: skip
-    for text, good in checks.items():
-        print(f"{'ok    ' if good else 'MISSED'} {text}")
-    return 0 if all(checks.values()) else 1
+        figures |= {"faster_than_peft": found["peft"]["seconds"] / merged["seconds"],
+                    "less_memory_than_peft": found["peft"]["peak"] / merged["peak"]}  # fmt: skip
+    for name, value in figures.items():
+        print(f"{name:<30}{value:>12.6g}")
+    if options.json:
+        options.json.write_text(json.dumps({"cases": found, "largest_mib": largest, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -183,7 +183,8 @@ def main() -> None:
               f"{line['trainable']:,} |")  # fmt: skip
     if arguments.json:
         kept = {"model": MODEL, "training": TRAINING, "packages": environments.PACKAGES, "rounds": found}
-        arguments.json.write_text(json.dumps(kept | {"table": lines}, indent=1) + "\n")
+        over = {line["name"]: line["ours_over_it"] for line in lines if "ours_over_it" in line}
+        arguments.json.write_text(json.dumps(kept | {"table": lines, "ours_over": over}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

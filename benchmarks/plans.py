@@ -1,12 +1,13 @@
 """What the planner says of every shipped config, and of 31B on other slices: memory, speed and price, by the compiler.
 
-    python benchmarks/plans.py [--full] [NAME ...]
+    python benchmarks/plans.py [--full] [--json FILE] [NAME ...]
 
 Needs libtpu (the tpu extra) and no TPU; half a minute for each plan on two cores. Every figure is a prediction: the
 roofline walk of the schedule that the TPU compiler made of the very step that `train` runs. `--full` lets the compiler
 finish and adds the time by its own cycle estimates, for some minutes each. NAME picks plans whose name starts so.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -54,12 +55,21 @@ def row(name: str, found: dict) -> str:
 
 
 def main() -> None:
-    full = "--full" in sys.argv
-    wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="plans whose name starts so; all if left out")
+    parser.add_argument("--full", action="store_true", help="by the compiler's own cycles, too")
+    parser.add_argument("--json", type=Path, help="write the plans there, by name")
+    args = parser.parse_args()
+    chosen = [one for one in PLANS if not args.names or any(one[0].startswith(word) for word in args.names)]
+    if not chosen:
+        parser.error(f"no plan starts so; known: {', '.join(name for name, _, _ in PLANS)}")
+    plans = {}
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for name, config, more in PLANS:
-        if not wanted or any(name.startswith(word) for word in wanted):
-            print(row(name, plan(config, (*more, *(("--full",) if full else ())))), flush=True)
+    for name, config, more in chosen:
+        plans[name] = plan(config, (*more, *(("--full",) if args.full else ())))
+        print(row(name, plans[name]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(plans, indent=1) + "\n")
 
 
 if __name__ == "__main__":

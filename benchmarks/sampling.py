@@ -1,7 +1,7 @@
 """New tokens a second on this CPU: gemma_tpu's sampler beside transformers' generate and Tunix's Sampler.
 
     python benchmarks/sampling.py [--problems 156] [--samples 5] [--rounds 3] [--envs .bench-envs] [--only ours …]
-                                  [--bound 40] [--tuned FILE]
+                                  [--bound 40] [--tuned FILE] [--json FILE]
 
 156 prompts of mixed lengths, 5 samples of each at temperature 0.8 and top-p 0.95, every sample with a length of its
 own that is the same for all three and that none of them knows beforehand: ours and transformers end a row there (a
@@ -283,9 +283,11 @@ def main() -> None:
     parser.add_argument("--cores", type=int, help="how many cores everybody may use; all if left out")
     parser.add_argument("--envs", type=Path, default=HERE.parent / ".bench-envs")
     parser.add_argument("--only", nargs="+", choices=list(ENVS), default=list(ENVS))
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ready, rounds = measure(args, Path(folder))
+    ratios: dict[str, float] = {}
     print("| sampler | batch | new tokens/s, median (range) | a second of CPU | ours over it | compiled |")
     print("|---|---|---|---|---|---|")
     for name in args.only:
@@ -295,10 +297,14 @@ def main() -> None:
         over = ""
         if "ours" in args.only:
             each = [one["ours"]["tokens"] / one["ours"]["seconds"] for one in rounds]
-            over = f"{statistics.median(a / b for a, b in zip(each, rates, strict=True)):.2f}"
+            ratios[name] = statistics.median(a / b for a, b in zip(each, rates, strict=True))
+            over = f"{ratios[name]:.2f}"
         compiled = [f"{kind} {found[-1][kind]}" for kind in ("prefill", "decode") if kind in found[-1]]
         print(f"| {name} | {ready[name]['batch']} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to "
               f"{max(rates):,.0f}) | {cpu:,.0f} | {over} | {', '.join(compiled)} |")  # fmt: skip
+    if args.json:
+        found = {"batch": {name: one["batch"] for name, one in ready.items()}, "rounds": rounds, "ours_over": ratios}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ CONFIG = HERE.parent / "configs" / "gemma4_31b_v5p8_fast.yaml"
 SLICE, LAYERS, ARCHITECTURE = "v5p-8", 60, "gemma4-31b"
 USEFUL, PADDED, PAPER = 922, 3072, 763  # mean row, what the paper pads to, its useful tokens/s by the wall clock
 REMAT = ["q", "k", "v", "attention", "o", "gate", "up", "down", "lora_h"]
-TARGET = 7.0
 _COMPILER = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": SLICE, "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -141,13 +140,14 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for title, step in (("Tunix + qwix, the paper's settings, a micro-step", theirs), ("ours, packed, a step", own)):
         print(f"| {title} | {step.seconds:.3f} | {step.tokens:,} | {step.useful:.1%} | {step.per_second:,.0f} |")
-    print(f"ours over theirs: {ratio:.2f} (wanted: {TARGET:g})")
+    print(f"ours over theirs: {ratio:.2f}")
     print(f"calibration: the walk says {theirs.per_second:,.0f} for the paper's program, the paper measured {PAPER} "
           f"over a whole run with start-up: it flatters by at most {flattery:.2f}; by that factor ours would be "
           f"{own.per_second / flattery:,.0f}")  # fmt: skip
     if arguments.json:
         figures: dict[str, Any] = {
             "tunix": vars(theirs), "tunix_layers": measured, "ours": vars(own), "ratio": ratio, "flattery": flattery,
+            "tunix_per_second": theirs.per_second, "ours_per_second": own.per_second, "paper_per_second": PAPER,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -45,16 +45,6 @@ PAIR = (("v6e-8", "tpu"), ("h100x2", "gpu"))  # what the paper measured
 # --- pictures ---
 
 
-def standalone(svg: str) -> str:
-    """A picture with the page's own style inside, for a Markdown file to point at."""
-    css = resolve(page.STYLE).read_text()
-    (roots,) = re.findall(r":root \{.*?\n\}\n@media.*?\n\}\n", css, re.S)
-    rules = [line.removeprefix("svg ") for line in css.splitlines() if line.startswith("svg .")]
-    text = "text { font: 12px system-ui, sans-serif; fill: var(--fg); }"
-    style = "\n".join([roots.strip(), "svg { background: var(--bg); }", text, *rules])
-    return re.sub(r"(<svg [^>]*>)", lambda found: f"{found[1]}<style>{style}</style>", svg, count=1) + "\n"
-
-
 def ladder() -> tuple[str, list[tuple[str, str, str, str]]]:
     """Capacity against bandwidth of the memories around one chip; the same as rows."""
     told = yaml.safe_load(resolve("bundled:memory.yaml").read_text(encoding="utf-8"))
@@ -313,7 +303,7 @@ def files(measured: Mapping[str, Any]) -> dict[Path, str]:
     drawn = {"memory": ladder()[0], "batch": batch("rate"), "latency": batch("latency"), "links": links(),
              "roofline": roofline_picture(), "cache": cache(), "reading": reading(),
              "padding": padding(measured)}  # fmt: skip
-    return {PAGE: text(measured), **{PICTURES / f"{name}.svg": standalone(svg) for name, svg in drawn.items()}}
+    return {PAGE: text(measured), **{PICTURES / f"{name}.svg": page.standalone(svg) for name, svg in drawn.items()}}
 
 
 def main() -> None:

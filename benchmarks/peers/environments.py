@@ -11,15 +11,19 @@ PACKAGES = {
 }
 
 
+def ready(env: str, envs: Path) -> bool:
+    """Whether it is there and has these packages."""
+    stamp = envs.resolve() / env / "installed.txt"
+    return stamp.exists() and stamp.read_text() == "\n".join(PACKAGES[env])
+
+
 def python(env: str, envs: Path) -> Path:
     """The Python of an environment under `envs`, which is made where it is missing or has other packages."""
     folder = envs.resolve() / env
     found = folder / "bin" / "python"
-    wanted = "\n".join(PACKAGES[env])
-    stamp = folder / "installed.txt"
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not ready(env, envs):
         print(f"installing {', '.join(PACKAGES[env])} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([found, "-m", "pip", "install", "--quiet", *PACKAGES[env]], check=True)
-        stamp.write_text(wanted)
+        (folder / "installed.txt").write_text("\n".join(PACKAGES[env]))
     return found

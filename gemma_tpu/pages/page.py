@@ -6,6 +6,7 @@ as an outline and what was measured is filled.
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ WIDTH = 760  # of a picture, in its own units; the page scales it
 LETTER = 7.0  # the width of a letter at the size of labels, on average
 COLOURS = 8  # of the style: c0 … c7
 STYLE = "bundled:page.css"
-
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,16 @@ def plot(x: Axis, y: Axis, curves: Sequence[Curve], dots: Sequence[Dot], label: 
             side = "end" if px > left + 0.6 * wide else "start"
             drawn.append(_text(px + (-1 if side == "end" else 1) * (dot.radius + 4), py + 4, dot.label, side))
     return _svg(height, label, drawn)
+
+
+def standalone(svg: str) -> str:
+    """A picture with the page's own style inside, for a Markdown file to point at."""
+    css = resolve(STYLE).read_text()
+    (roots,) = re.findall(r":root \{.*?\n\}\n@media.*?\n\}\n", css, re.S)
+    rules = [line.removeprefix("svg ") for line in css.splitlines() if line.startswith("svg .")]
+    text = "text { font: 12px system-ui, sans-serif; fill: var(--fg); }"
+    style = "\n".join([roots.strip(), "svg { background: var(--bg); }", text, *rules])
+    return re.sub(r"(<svg [^>]*>)", lambda found: f"{found[1]}<style>{style}</style>", svg, count=1) + "\n"
 
 
 def _short(value: float) -> str:
