@@ -30,7 +30,7 @@ def listed(text: str) -> list[str]:
 
 # A module imports only from those above it, and from those to its left.
 ORDER = listed("""
-    errors assets schema config overlay
+    errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
     storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config mesh weights quantise streaming sizes splash attention projection experts kv_cache
@@ -64,7 +64,7 @@ ORDER = listed("""
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = listed("""
-    errors assets schema config overlay
+    errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
     storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config weights quantise sizes

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.sampling.asking import Asked, check_stop, cut
 from gemma_tpu.storage import retry
@@ -45,9 +46,12 @@ class Endpoint:
         self.model = model or self._only_model()
 
     def _only_model(self) -> str:
-        listed = [one["id"] for one in self._ask("/models").get("data", [])]
+        found = self._ask("/models")
+        if next(plain.faults(found, {"data": [{"id": str}]}), None) is not None:
+            raise UserError(f"{self.url}/models: not the answer of an OpenAI-compatible server")
+        listed = [one["id"] for one in found["data"]]
         if len(listed) != 1:
-            named = ", ".join(listed) or "none"
+            named = plain.first(map(plain.cut, listed)) or "none"
             raise UserError(f"{self.url} serves {named}: say which model to ask (--model NAME)")
         return listed[0]
 
@@ -133,7 +137,7 @@ class Endpoint:
         except http.client.IncompleteRead as error:
             raise ConnectionError("the answer ended early") from error
         try:
-            found = json.loads(text)
+            found = plain.json_value(text)
         except ValueError:
             raise RunError(f"{self.url}{path}: the answer is no JSON: {text[:80]!r}") from None
         if not isinstance(found, dict):
@@ -158,7 +162,7 @@ def reason(data: bytes) -> str:
     """What a server says about an error."""
     text = data.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
-        said = json.loads(text)
+        said = plain.json_value(text)
         said = said.get("error", said)
         text = str(said.get("message", text)) if isinstance(said, dict) else str(said)
     return " ".join(text.split())[:300]
@@ -171,12 +175,14 @@ def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         given = choice.get("logprobs") or {}
         listed = given.get("token_logprobs") or [one["logprob"] for one in given.get("content") or []]
+        if not isinstance(text or "", str) or not all(map(plain.number, listed)):
+            raise TypeError
         # Some servers leave the stop string in.
         return {"text": cut(text or "", stop)[0], "tokens": None, "finish_reason": choice.get("finish_reason"),
                 "logprobs": listed or None}  # fmt: skip
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError):
         shown = json.dumps(answer)[:200]
-        raise RunError(f"the answer is not that of an OpenAI-compatible server ({error!r}): {shown}") from None
+        raise RunError(f"the answer of the server is not that of an OpenAI-compatible one: {shown}") from None
 
 
 def _fingerprint(url: str, body: dict[str, Any]) -> str:
