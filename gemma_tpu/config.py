@@ -201,6 +201,10 @@ class _Draft:
             return self._mapping(node, path, override)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, path, override) for item in node.value]
+        if plain.has_password(node.value):
+            self._problem(override or node.start_mark.line + 1, f"{_name(path)}: is a URL with credentials in it, and a "
+                          "config stands in every report: leave them out, the environment has them")  # fmt: skip
+            return None
         if "\0" in node.value or not plain.encodes(node.value):
             self._problem(override or node.start_mark.line + 1, f"{_name(path)} = {_show(node.value)}: must be text "
                           "that a file's name can hold: no NUL, no half of a letter")  # fmt: skip

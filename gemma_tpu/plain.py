@@ -239,6 +239,11 @@ def below(at: str, key: Any) -> str:
 # --- messages ---
 
 
+def has_password(text: str) -> bool:
+    """Whether it is a URL with credentials, scheme://name:password@host, which must not be repeated anywhere."""
+    return re.search(r"\w://[^/\s?#]*@", text) is not None
+
+
 def shown(value: Any) -> str:
     """A value for a message: on one line, and not too long."""
     return cut(repr(value))

@@ -49,7 +49,7 @@ ORDER = listed("""
     planning: subject calibration workload plan plan_text sweep plan_page rehearsal
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring evaluate eval_page
-    lite: fields requests programs batch answers metrics engine app
+    lite: fields requests programs batch answers metrics engine patience app
     serving: serving_memory vllm_command serving_floor
     launch: launching manifests launch_script scripts
     bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result

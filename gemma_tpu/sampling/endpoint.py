@@ -139,16 +139,22 @@ class Endpoint:
         try:
             found = plain.json_value(text)
         except ValueError:
-            raise RunError(f"{self.url}{path}: the answer is no JSON: {text[:80]!r}") from None
+            raise RunError(f"{self.url}{path}: the answer is no JSON: {reason(text)[:80]!r}") from None
         if not isinstance(found, dict):
-            raise RunError(f"{self.url}{path}: the answer is no JSON object: {text[:80]!r}")
+            raise RunError(f"{self.url}{path}: the answer is no JSON object: {reason(text)[:80]!r}")
         return found
 
 
 def api(url: str) -> str:
     """Where the API of a server begins, its /v1 given or not."""
+    if plain.has_password(url):
+        raise UserError("the URL of the endpoint holds a name and a password, which would stand in every result: leave "
+                        "them out, and give a key by OPENAI_API_KEY")  # fmt: skip
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"{url}: an endpoint is a URL that begins with http:// or https://")
+        raise UserError(f"{plain.cut(url)}: an endpoint is a URL that begins with http:// or https://")
+    if "?" in url or "#" in url:
+        raise UserError(f"{url.partition('?')[0].partition('#')[0]}: an endpoint is a URL without ? and # and what "
+                        "follows them; give a key by OPENAI_API_KEY")  # fmt: skip
     base = url.rstrip("/")
     return base if base.endswith("/v1") else f"{base}/v1"
 
@@ -159,13 +165,18 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def reason(data: bytes) -> str:
-    """What a server says about an error."""
+    """What a server says about an error; should it repeat the key that it was asked with, without that."""
     text = data.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
         said = plain.json_value(text)
         said = said.get("error", said)
         text = str(said.get("message", text)) if isinstance(said, dict) else str(said)
-    return " ".join(text.split())[:300]
+    return without_key(" ".join(text.split()))[:300]
+
+
+def without_key(text: str) -> str:
+    key = os.environ.get("OPENAI_API_KEY")
+    return text.replace(key, "…") if key else text
 
 
 def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:
@@ -181,7 +192,7 @@ def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:
         return {"text": cut(text or "", stop)[0], "tokens": None, "finish_reason": choice.get("finish_reason"),
                 "logprobs": listed or None}  # fmt: skip
     except (KeyError, IndexError, TypeError, AttributeError):
-        shown = json.dumps(answer)[:200]
+        shown = without_key(json.dumps(answer))[:200]
         raise RunError(f"the answer of the server is not that of an OpenAI-compatible one: {shown}") from None
 
 
