@@ -202,8 +202,8 @@ class _Draft:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, path, override) for item in node.value]
         if plain.has_password(node.value):
-            self._problem(override or node.start_mark.line + 1, f"{_name(path)}: is a URL with credentials in it, and a "
-                          "config stands in every report: leave them out, the environment has them")  # fmt: skip
+            told = "is a URL with credentials in it, and a config stands in every report: leave them out"
+            self._problem(override or node.start_mark.line + 1, f"{_name(path)}: {told}")
             return None
         if "\0" in node.value or not plain.encodes(node.value):
             self._problem(override or node.start_mark.line + 1, f"{_name(path)} = {_show(node.value)}: must be text "

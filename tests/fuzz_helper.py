@@ -1,7 +1,7 @@
 """Broken files by the thousand: mutants of good ones, files made to break readers, and what a reader may do with them.
 
-A reader may accept a file, or stop with the package's own errors. Such an error names the file, is short, holds no name of
-a Python exception, and can be written anywhere. It comes soon, and nothing swells on the way.
+A reader may accept a file, or stop with the package's own errors. Such an error names the file, is short, holds no name
+of a Python exception, and can be written anywhere. It comes soon, and nothing swells on the way.
 """
 
 import contextlib
@@ -25,26 +25,134 @@ CLASS_NAME = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception|Warning)|KeyError|Trac
 
 # Values that readers do not expect, as JSON and YAML spell them.
 NASTY = [
-    "null", "true", "false", "0", "-1", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", ".nan", "-.inf", "1e308",
-    "5e-324", "9" * 400, "9" * 5000, "-" + "9" * 40, "18446744073709551616", "0.1", "1e4", "1_000", "0x10", "1:30", "0o7",
-    '""', '" "', '"\\u0000"', '"\\ud800"', '"\\u202e"', '"' + "x" * 5000 + '"', "[]", "{}", "[[]]", "[null]", '{"": null}',
-    '"../x"', '"/etc/passwd"', '"~"', "2026-13-45", "2026-11-02", "!!python/object:os.system x", "&a", "*a", "<<: *a",
-    "[" * 60 + "]" * 60, "[" * 400 + "]" * 400, "[" * 20000, '{"a":' * 2000, "- " * 2000, "'", '"', "#", "\t", "|", ">",
-    "...", "---", "%YAML 9.9", "? a", ": :", "{a: b, a: c}", '"\\UFFFFFFFF"', "yes", "off", "~", "[1,", "1,1", "{{ 1/0 }}",
-]  # fmt: skip
-RAW = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b"\x80", b"\xed\xa0\x80", b"\xc0\x80", b"\x1b[2J", b"\x85",
-       b"\xe2\x80\xa8", b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x80\x04\x95", b"\xff" * 8, b"\x00" * 64]  # fmt: skip
+    "null",
+    "true",
+    "false",
+    "0",
+    "-1",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    ".nan",
+    "-.inf",
+    "1e308",
+    "5e-324",
+    "9" * 400,
+    "9" * 5000,
+    "-" + "9" * 40,
+    "18446744073709551616",
+    "0.1",
+    "1e4",
+    "1_000",
+    "0x10",
+    "1:30",
+    "0o7",
+    '""',
+    '" "',
+    '"\\u0000"',
+    '"\\ud800"',
+    '"\\u202e"',
+    '"' + "x" * 5000 + '"',
+    "[]",
+    "{}",
+    "[[]]",
+    "[null]",
+    '{"": null}',
+    '"../x"',
+    '"/etc/passwd"',
+    '"~"',
+    "2026-13-45",
+    "2026-11-02",
+    "!!python/object:os.system x",
+    "&a",
+    "*a",
+    "<<: *a",
+    "[" * 60 + "]" * 60,
+    "[" * 400 + "]" * 400,
+    "[" * 20000,
+    '{"a":' * 2000,
+    "- " * 2000,
+    "'",
+    '"',
+    "#",
+    "\t",
+    "|",
+    ">",
+    "...",
+    "---",
+    "%YAML 9.9",
+    "? a",
+    ": :",
+    "{a: b, a: c}",
+    '"\\UFFFFFFFF"',
+    "yes",
+    "off",
+    "~",
+    "[1,",
+    "1,1",
+    "{{ 1/0 }}",
+]
+RAW = [
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\r",
+    b"\n",
+    b"\x80",
+    b"\xed\xa0\x80",
+    b"\xc0\x80",
+    b"\x1b[2J",
+    b"\x85",
+    b"\xe2\x80\xa8",
+    b"PK\x03\x04",
+    b"\x1f\x8b\x08\x00",
+    b"\x80\x04\x95",
+    b"\xff" * 8,
+    b"\x00" * 64,
+]
 SCALAR = re.compile(rb'"(?:[^"\\\n]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\b[A-Za-z_][\w-]*\b')
 
 # Whole files that blow up a naive reader.
 BOMBS = [
-    b"", b"\n", b" ", b"\xef\xbb\xbf", b"\xff", b"\x00" * 100, b"null", b"[]", b"{}", b"0", b'""', b"NaN", b"{" * 20_000,
-    b"[" * 20_000, b"[" * 500 + b"]" * 500, b'{"a":' * 100_000, b"- " * 20_000, b"a: " * 20_000, b"{a: " * 5000,
-    b"9" * 100_000, b'"' + b"x" * 1_000_000, b"\xed\xa0\x80", b'["\\ud800"]', b"\x1f\x8b\x08\x00garbage",
-    b"PK\x03\x04" + b"\x00" * 60, b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"!!python/object/apply:os.system ['true']\n",
-    b"a: &a [x, x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + n, 98 + n, b", ".join([b"*%c" % (97 + n)] * 9)) for n in range(12)),
-    b"a: &a\n  b: *a\n", b"- &x [*x]\n", b"a: 1\na: 2\n", b'{"a": 1, "a": 2}', b"\r\n".join([b'{"a": 1}'] * 3), b"2026-13-45\n",
-]  # fmt: skip
+    b"",
+    b"\n",
+    b" ",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\x00" * 100,
+    b"null",
+    b"[]",
+    b"{}",
+    b"0",
+    b'""',
+    b"NaN",
+    b"{" * 20_000,
+    b"[" * 20_000,
+    b"[" * 500 + b"]" * 500,
+    b'{"a":' * 100_000,
+    b"- " * 20_000,
+    b"a: " * 20_000,
+    b"{a: " * 5000,
+    b"9" * 100_000,
+    b'"' + b"x" * 1_000_000,
+    b"\xed\xa0\x80",
+    b'["\\ud800"]',
+    b"\x1f\x8b\x08\x00garbage",
+    b"PK\x03\x04" + b"\x00" * 60,
+    b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    b"!!python/object/apply:os.system ['true']\n",
+    b"a: &a [x, x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (98 + n, 98 + n, b", ".join([b"*%c" % (97 + n)] * 9)) for n in range(12)),
+    b"a: &a\n  b: *a\n",
+    b"- &x [*x]\n",
+    b"a: 1\na: 2\n",
+    b'{"a": 1, "a": 2}',
+    b"\r\n".join([b'{"a": 1}'] * 3),
+    b"2026-13-45\n",
+]
 
 
 def mutants(seeds: Sequence[bytes], draw: random.Random) -> Iterator[bytes]:
@@ -87,8 +195,27 @@ def _tree(data: bytes, _: Sequence[bytes], draw: random.Random) -> bytes:
         return data
     here, key = draw.choice(places)
     other, name = draw.choice(places)
-    values = [None, True, 0, -1, 1.5, 10**30, 1e308, "", "x", "\x00", "\ud800", [], {}, [None], {"x": None}, [here[key]],
-              {"x": here[key]}, str(here[key]), other[name]]  # fmt: skip
+    values = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        10**30,
+        1e308,
+        "",
+        "x",
+        "\x00",
+        "\ud800",
+        [],
+        {},
+        [None],
+        {"x": None},
+        [here[key]],
+        {"x": here[key]},
+        str(here[key]),
+        other[name],
+    ]
     value, way = draw.choice(values), draw.randrange(6)
     if way == 0:
         del here[key]

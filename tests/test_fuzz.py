@@ -1,7 +1,7 @@
 """Every parser of a file that a user gives, or that somebody gave the user, under broken files by the thousand.
 
-Whatever a file holds, a reader takes it or says in one short message what is wrong with which file. The fast suite feeds
-each reader the bombs, the seeds and a fixed number of trees; `make test-slow` mutates for GEMMA_TPU_FUZZ_SECONDS (60)
+Whatever a file holds, a reader takes it or says in one short message what is wrong with which file. The fast suite
+feeds each reader the bombs, the seeds and a fixed number of trees; `make test-slow` mutates for GEMMA_TPU_FUZZ_SECONDS (60)
 each. A finding is repeated by its bytes, which stand in the message, or by GEMMA_TPU_FUZZ_SEED.
 """
 
@@ -87,8 +87,12 @@ def config(folder: Path, _: Any) -> Target:
 def overrides(folder: Path, _: Any) -> Target:
     file = folder / "run.yaml"
     file.write_text("optim: {lr: 1e-4}\n")
-    seeds = [b"optim.lr=1e-3\ntrain.steps=20\nmesh=auto\ndata.path=[a.jsonl, b.jsonl]\ndata.columns={prompt: q}\nlora.rank=8"]
-    return Target(lambda data: configs.load(file, data.decode("utf-8", "surrogateescape").split("\n")), ["run.yaml"], seeds)
+    seeds = [
+        b"optim.lr=1e-3\ntrain.steps=20\nmesh=auto\ndata.path=[a.jsonl, b.jsonl]\ndata.columns={prompt: q}\nlora.rank=8"
+    ]
+    return Target(
+        lambda data: configs.load(file, data.decode("utf-8", "surrogateescape").split("\n")), ["run.yaml"], seeds
+    )
 
 
 def workload(folder: Path, _: Any) -> Target:
@@ -111,7 +115,9 @@ def variable(name: str, read: Callable[[], Any], seeds: Sequence[bytes]) -> Call
     return make
 
 
-CHIP = b"chips:\n  v5e: {usd: 1.0, spot_usd: [0.3, 0.9], slices: [1x1, 2x2], sources: {prices: {from: me, date: 2026-11-02}}}\n"
+CHIP = b"""chips:
+  v5e: {usd: 1.0, spot_usd: [0.3, 0.9], slices: [1x1, 2x2], sources: {prices: {from: me, date: 2026-11-02}}}
+"""
 
 
 def hardware() -> None:
@@ -153,7 +159,11 @@ values:
 
 # --- checkpoints ---
 
-TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16), "c": np.zeros((0, 5), np.int8)}
+TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.ones(4, np.float16),
+    "c": np.zeros((0, 5), np.int8),
+}
 
 
 def safetensors(folder: Path, _: Any) -> Target:
@@ -184,10 +194,21 @@ def index(folder: Path, _: Any) -> Target:
         (folder / f"model-{number}.safetensors").write_bytes(save({name: TENSORS[name] for name in part}))
     (folder.parent / "outside.safetensors").write_bytes(save(TENSORS))
     places = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
-    seeds = as_json({"metadata": {"total_size": 1}, "weight_map": places},
-                    *({"weight_map": places | {"a": away}} for away in (
-                        "../outside.safetensors", str(folder.parent / "outside.safetensors"), "..\\outside.safetensors",
-                        "./model-1.safetensors", "", ".safetensors", "\0.safetensors")))  # fmt: skip
+    seeds = as_json(
+        {"metadata": {"total_size": 1}, "weight_map": places},
+        *(
+            {"weight_map": places | {"a": away}}
+            for away in (
+                "../outside.safetensors",
+                str(folder.parent / "outside.safetensors"),
+                "..\\outside.safetensors",
+                "./model-1.safetensors",
+                "",
+                ".safetensors",
+                "\0.safetensors",
+            )
+        ),
+    )
     opened: list[str] = []
 
     def read(file: Path) -> None:
@@ -206,14 +227,34 @@ def model_config(folder: Path, _: Any) -> Target:
 # --- rows ---
 
 LINES = [
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "", "weight": 1,
-     "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}]}, {"role": "tool", "content": "r"},
-     {"role": "assistant", "content": "done"}], "tools": [{"type": "function", "function": {"name": "f"}}]},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a"},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q"}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "weight": 1,
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+            {"role": "tool", "content": "r"},
+            {"role": "assistant", "content": "done"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-    {"prompt": "q", "response": "a"}, {"instruction": "i", "input": "", "output": "o", "history": [["q", "a"]]},
-    {"text": "t"}, {"prompt": "q", "chosen": "a", "rejected": "b"}, {"role": "user", "content": "q"},
-]  # fmt: skip
+    {"prompt": "q", "response": "a"},
+    {"instruction": "i", "input": "", "output": "o", "history": [["q", "a"]]},
+    {"text": "t"},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"role": "user", "content": "q"},
+]
 
 
 def rows(name: str, seeds: Sequence[bytes], **more: Any) -> Callable[[Path, Any], Target]:
@@ -236,9 +277,12 @@ def parquet() -> list[bytes]:
     return [out.getvalue()]
 
 
-FOUND = as_json({"data": [-1]}, {"messages": [{"role": "user", "content": [{"type": {}, "text": "q"}]}]},
-                {"messages": [{"role": "assistant", "content": "", "tool_calls": json.loads("[" * 70 + "]" * 70)}]},
-                {"prompt": "[" * 70 + "]" * 70, "response": "a"})  # fmt: skip
+FOUND = as_json(
+    {"data": [-1]},
+    {"messages": [{"role": "user", "content": [{"type": {}, "text": "q"}]}]},
+    {"messages": [{"role": "assistant", "content": "", "tool_calls": json.loads("[" * 70 + "]" * 70)}]},
+    {"prompt": "[" * 70 + "]" * 70, "response": "a"},
+)
 JSONL = [json.dumps(line).encode() + b"\n" for line in LINES] + [b"\n".join(as_json(*LINES[:1] * 3)), *FOUND]
 CSV = [b"x" * 5000 + b",b\n1,2\n", b'prompt,response\nq,a\n"q, ""2""",a\n', b"instruction,input,output\ni,,o\n"]
 
@@ -247,8 +291,10 @@ CSV = [b"x" * 5000 + b",b\n1,2\n", b'prompt,response\nq,a\n"q, ""2""",a\n', b"in
 
 
 def samples_file(folder: Path, _: Any) -> Target:
-    lines = [{"problem": f"p{n // 2}", "sample": n % 2, "completion": "module", "finish_reason": "stop", "tokens": 3}
-             for n in range(4)]  # fmt: skip
+    lines = [
+        {"problem": f"p{n // 2}", "sample": n % 2, "completion": "module", "finish_reason": "stop", "tokens": 3}
+        for n in range(4)
+    ]
     return of_file(folder, "samples.jsonl", samples.read, [b"\n".join(as_json(*lines))])
 
 
@@ -278,7 +324,9 @@ def bench_data(folder: Path, _: Any) -> Target:
 
 def bench_points(folder: Path, _: Any) -> Target:
     seed = b"- {input: 512, output: 256, qps: [1, 2, inf]}\n- {input: 8, output: 8, qps: 0.5, prompts: 10}\n"
-    return of_file(folder, "points.yaml", points.read, [seed, as_json([{"input": 1, "output": 1, "qps": 1}])[0]], "points")
+    return of_file(
+        folder, "points.yaml", points.read, [seed, as_json([{"input": 1, "output": 1, "qps": 1}])[0]], "points"
+    )
 
 
 def bench_results(folder: Path, _: Any) -> Target:
@@ -286,8 +334,13 @@ def bench_results(folder: Path, _: Any) -> Target:
     file = folder / "first.json"
     file.write_bytes(theirs[0])
     found = bench_file.read(file)
-    ours = {"format": bench_file.FORMAT, "server": found.server, "settings": measuring.Settings().to_json(),
-            "client": found.client, "points": found.points}  # fmt: skip
+    ours = {
+        "format": bench_file.FORMAT,
+        "server": found.server,
+        "settings": measuring.Settings().to_json(),
+        "client": found.client,
+        "points": found.points,
+    }
 
     def read(file: Path) -> None:
         card = measuring.assess(bench_file.read(file), measuring.Judge({"ttft": 100.0}))
@@ -300,8 +353,17 @@ def bench_results(folder: Path, _: Any) -> Target:
 
 def eval_results(folder: Path, _: Any) -> Target:
     row = {"passed": 1, "samples": 2, "verdicts": ["passed", "mismatch"], "logs": ["", ""], "completions": ["a", "b"]}
-    tree = {"passed": 1, "total": 2, "pass_at_k": {"1": [0.5, 0.1, 0.9]}, "failures": {}, "per_problem": {"p": row, "q": row}}
-    prompts = {"mean_score": [0.5, 0.1, 0.9], "per_problem": {"p": {"score": 0.5, "scores": [0.5], "passed": 0, "samples": 1}}}
+    tree = {
+        "passed": 1,
+        "total": 2,
+        "pass_at_k": {"1": [0.5, 0.1, 0.9]},
+        "failures": {},
+        "per_problem": {"p": row, "q": row},
+    }
+    prompts = {
+        "mean_score": [0.5, 0.1, 0.9],
+        "per_problem": {"p": {"score": 0.5, "scores": [0.5], "passed": 0, "samples": 1}},
+    }
 
     def read(file: Path) -> None:
         found = scorecard.read(file)
@@ -310,15 +372,42 @@ def eval_results(folder: Path, _: Any) -> Target:
     return of_file(folder, "results.json", read, as_json(tree, prompts))
 
 
-ROW = {"step": 1, "loss": 2.0, "lr": 1e-4, "grad_norm": 1.0, "tokens": 100, "target_tokens": 50, "tokens_per_s": 10.0,
-       "step_s": 0.1, "data_wait": 0.0, "mfu": 0.3, "memory_gib": 1.0, "usd": 0.1, "padding": 0.1}  # fmt: skip
+ROW = {
+    "step": 1,
+    "loss": 2.0,
+    "lr": 1e-4,
+    "grad_norm": 1.0,
+    "tokens": 100,
+    "target_tokens": 50,
+    "tokens_per_s": 10.0,
+    "step_s": 0.1,
+    "data_wait": 0.0,
+    "mfu": 0.3,
+    "memory_gib": 1.0,
+    "usd": 0.1,
+    "padding": 0.1,
+}
 JOURNAL = [b"\n".join(as_json(*(ROW | {"step": step} for step in range(1, 12))))]
-SUMMARY = {"steps": 11, "device_kind": "TPU v5 lite", "devices": 8, "hosts": 1, "notes": ["n"], "version": "1", "plan": "x",
-           "trainable_params": 10, "saving_share": 0.1, "held_out_loss": {"0": 2.0}, "framework": "trl"}  # fmt: skip
-OTHERS = {"metrics.jsonl": JOURNAL[0], "summary.json": as_json(SUMMARY)[0],
-          "held_out.jsonl": b'{"step": 0, "loss": 2.0, "perplexity": 7.4}\n{"step": 11, "loss": 1.0, "perplexity": 2.7}\n',
-          "samples.jsonl": b'{"step": 0, "prompt": "q", "text": "a"}\n', "warnings.jsonl":
-          b'{"step": 1, "kind": "spike", "text": "t"}\n'}  # fmt: skip
+SUMMARY = {
+    "steps": 11,
+    "device_kind": "TPU v5 lite",
+    "devices": 8,
+    "hosts": 1,
+    "notes": ["n"],
+    "version": "1",
+    "plan": "x",
+    "trainable_params": 10,
+    "saving_share": 0.1,
+    "held_out_loss": {"0": 2.0},
+    "framework": "trl",
+}
+OTHERS = {
+    "metrics.jsonl": JOURNAL[0],
+    "summary.json": as_json(SUMMARY)[0],
+    "held_out.jsonl": b'{"step": 0, "loss": 2.0, "perplexity": 7.4}\n{"step": 11, "loss": 1.0, "perplexity": 2.7}\n',
+    "samples.jsonl": b'{"step": 0, "prompt": "q", "text": "a"}\n',
+    "warnings.jsonl": b'{"step": 1, "kind": "spike", "text": "t"}\n',
+}
 
 
 def run_file(name: str) -> Callable[[Path, Any], Target]:
@@ -334,7 +423,12 @@ def run_file(name: str) -> Callable[[Path, Any], Target]:
 
         def read(data: bytes) -> None:
             (places[0] / name).write_bytes(data)
-            found = [lambda place: report.write(runs.RunFolder(place)), calibration.measure, lambda place: cost_sources.training(str(place), "v5e-8", []), compare]
+            found = [
+                lambda place: report.write(runs.RunFolder(place)),
+                calibration.measure,
+                lambda place: cost_sources.training(str(place), "v5e-8", []),
+                compare,
+            ]
             faults = []
             for one in found:
                 try:
@@ -358,8 +452,17 @@ def run_file(name: str) -> Callable[[Path, Any], Target]:
 def calibrations(folder: Path, monkeypatch: Any) -> Target:
     file = folder / "calibration.json"
     monkeypatch.setenv(calibration.VARIABLE, str(file))
-    one = {"chip": "v5e", "basis": "analytic", "ratio": 1.2, "run": "runs/x", "slice": "v5e-8", "measured_step_s": 1.0,
-           "predicted_step_s": 1.2, "updates": 20, "date": "2026-11-02"}  # fmt: skip
+    one = {
+        "chip": "v5e",
+        "basis": "analytic",
+        "ratio": 1.2,
+        "run": "runs/x",
+        "slice": "v5e-8",
+        "measured_step_s": 1.0,
+        "predicted_step_s": 1.2,
+        "updates": 20,
+        "date": "2026-11-02",
+    }
 
     def read(_: Path) -> None:
         for found in calibration.of_chip("v5e").values():
@@ -369,7 +472,15 @@ def calibrations(folder: Path, monkeypatch: Any) -> Target:
 
 
 def plan_file(folder: Path, _: Any) -> Target:
-    tree = {"slice": "v5e-8", "hours": 2.5, "fits": True, "tokens": 1e6, "basis": "analytic", "workload": "w", "usd": 3.0}
+    tree = {
+        "slice": "v5e-8",
+        "hours": 2.5,
+        "fits": True,
+        "tokens": 1e6,
+        "basis": "analytic",
+        "workload": "w",
+        "usd": 3.0,
+    }
 
     def read(file: Path) -> None:
         found, _ = cost_sources.training(str(file), None, [])
@@ -382,11 +493,25 @@ def plan_file(folder: Path, _: Any) -> Target:
 
 
 def request(kind: str) -> Callable[[Path, Any], Target]:
-    common = {"model": "tiny", "n": 2, "temperature": 0.5, "top_p": 0.9, "stop": ["x"], "seed": 3, "stream": True, "logprobs": 2,
-              "stream_options": {"include_usage": True}, "max_tokens": 8}  # fmt: skip
+    common = {
+        "model": "tiny",
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ["x"],
+        "seed": 3,
+        "stream": True,
+        "logprobs": 2,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 8,
+    }
     text = [common | {"prompt": prompt} for prompt in ("q", ["q", "r"], [1, 2], [[1], [2]])]
-    talk = common | {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "logprobs": True,
-                     "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": True}}  # fmt: skip
+    talk = common | {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
 
     def make(_: Path, __: Any) -> Target:
         def read(data: bytes) -> None:
@@ -415,8 +540,13 @@ def answer(folder: Path, monkeypatch: Any) -> Target:
     asked = [endpoint.Asked("q", 0)]
     choice = {"text": "a", "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.1]}}
     chat = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": [{"logprob": -0.1}]}}
-    seeds = as_json({"choices": [choice]}, {"choices": [chat]}, {"data": [{"id": "tiny", "max_model_len": 9, "root": "r"}]},
-                    {"version": "1.0"}, {"error": {"message": "no"}})  # fmt: skip
+    seeds = as_json(
+        {"choices": [choice]},
+        {"choices": [chat]},
+        {"data": [{"id": "tiny", "max_model_len": 9, "root": "r"}]},
+        {"version": "1.0"},
+        {"error": {"message": "no"}},
+    )
     prometheus = b'# HELP x\nvllm:num_requests{model="a b"} 3.0\nvllm:cache_config_info{cache_dtype="auto"} 1.0\n'
 
     def read(data: bytes) -> None:
@@ -442,10 +572,24 @@ def answer(folder: Path, monkeypatch: Any) -> Target:
 
 def completion(_: Path, __: Any) -> Target:
     """Generated Verilog, before any of it runs."""
-    module = b"module m(input a, output reg [3:0] b);\n  sub s(.x(a), .y(b[1:0]));\n  assign b = a ? 4'd3 : {2{a}};\nendmodule\n"
-    seeds = [module, b"text\n```verilog\n" + module + b"```\n", b"[BEGIN]\n" + module + b"[DONE]", b"module m; initial $system(\"x\"); endmodule",
-             b"`include \"/etc/passwd\"\nmodule m; endmodule", b"module\n" * 2000, b"```\n" * 5000, b"[BEGIN]" * 3000,
-             b"module a; assign x = " + b"a." * 5000 + b"b; endmodule", b"/*" * 5000, b'"' * 9999]  # fmt: skip
+    module = b"""module m(input a, output reg [3:0] b);
+  sub s(.x(a), .y(b[1:0]));
+  assign b = a ? 4'd3 : {2{a}};
+endmodule
+"""
+    seeds = [
+        module,
+        b"text\n```verilog\n" + module + b"```\n",
+        b"[BEGIN]\n" + module + b"[DONE]",
+        b'module m; initial $system("x"); endmodule',
+        b'`include "/etc/passwd"\nmodule m; endmodule',
+        b"module\n" * 2000,
+        b"```\n" * 5000,
+        b"[BEGIN]" * 3000,
+        b"module a; assign x = " + b"a." * 5000 + b"b; endmodule",
+        b"/*" * 5000,
+        b'"' * 9999,
+    ]
 
     def read(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
@@ -466,8 +610,20 @@ def tokenizer_file(name: str) -> Callable[[Path, Any], Target]:
         from gemma_tpu.data.tokenizer import Tokenizer
         from gemma_tpu.tiny.checkpoint import write_tiny
 
-        model = write_tiny(folder / "model", layers=2, pattern=1, hidden=8, mlp=8, heads=2, kv_heads=1, global_kv_heads=1,
-                           head_dim=8, global_head_dim=8, window=4, vocab=640)  # fmt: skip
+        model = write_tiny(
+            folder / "model",
+            layers=2,
+            pattern=1,
+            hidden=8,
+            mlp=8,
+            heads=2,
+            kv_heads=1,
+            global_kv_heads=1,
+            head_dim=8,
+            global_head_dim=8,
+            window=4,
+            vocab=640,
+        )
         good = (model / name).read_bytes()
         talk = LINES[0]["messages"]
 
@@ -492,17 +648,40 @@ def adapter_file(name: str) -> Callable[[Path, Any], Target]:
         from gemma_tpu.gemma.weights import lora_entries
         from gemma_tpu.tiny.checkpoint import write_tiny
 
-        base = open_checkpoint(write_tiny(folder / "base", layers=2, pattern=1, hidden=8, mlp=8, heads=2, kv_heads=1,
-                                          global_kv_heads=1, head_dim=8, global_head_dim=8, window=4, vocab=640,
-                                          tokenizer=False))  # fmt: skip
+        base = open_checkpoint(
+            write_tiny(
+                folder / "base",
+                layers=2,
+                pattern=1,
+                hidden=8,
+                mlp=8,
+                heads=2,
+                kv_heads=1,
+                global_kv_heads=1,
+                head_dim=8,
+                global_head_dim=8,
+                window=4,
+                vocab=640,
+                tokenizer=False,
+            )
+        )
         arch = hf_config.from_config(base.config)
-        parts = {tensor: LowRank(np.ones((entry.hf_shape[0], 2), np.float32), np.ones((2, entry.hf_shape[1]), np.float32), 0.5)
-                 for tensor, entry in lora_entries(arch).items() if len(entry.hf_shape) == 2}  # fmt: skip
+        parts = {
+            tensor: LowRank(
+                np.ones((entry.hf_shape[0], 2), np.float32), np.ones((2, entry.hf_shape[1]), np.float32), 0.5
+            )
+            for tensor, entry in lora_entries(arch).items()
+            if len(entry.hf_shape) == 2
+        }
         peft_folder.write(folder / "adapter", parts, base="base", native=True)
         seed = (folder / "adapter" / name).read_bytes()
         config = json.loads((folder / "adapter" / peft_folder.CONFIG).read_bytes())
-        patterns = {"rank_pattern": {"q_proj": 2, "(a+)+$": 3}, "alpha_pattern": {".*k_proj": 4}, "use_rslora": True,
-                    "target_parameters": ["mlp.experts.down_proj"]}  # fmt: skip
+        patterns = {
+            "rank_pattern": {"q_proj": 2, "(a+)+$": 3},
+            "alpha_pattern": {".*k_proj": 4},
+            "use_rslora": True,
+            "target_parameters": ["mlp.experts.down_proj"],
+        }
         more = as_json(config | patterns) if name == peft_folder.CONFIG else []
 
         def read(file: Path) -> None:
@@ -514,24 +693,53 @@ def adapter_file(name: str) -> Callable[[Path, Any], Target]:
 
 
 TARGETS: dict[str, Callable[[Path, Any], Target]] = {
-    "config": config, "overrides": overrides, "workload": workload, "prices": price_set,
+    "config": config,
+    "overrides": overrides,
+    "workload": workload,
+    "prices": price_set,
     "hardware": variable(chips.VARIABLE, hardware, [CHIP, *files("gemma_tpu/bundled/hardware.yaml")]),
-    "clouds": variable(clouds.VARIABLE, cloud, [
-        b"tpus:\n  v5e: {zones: [europe-west4-b], runtime: v2-alpha-tpuv5-lite}\n", *files("gemma_tpu/bundled/clouds.yaml")]),
-    "safetensors": safetensors, "header": header, "index": index, "model_config": model_config,
-    "jsonl": rows("rows.jsonl", JSONL), "json": rows("rows.json", [*as_json(LINES[:1] * 3, {"data": LINES[3:4]}, LINES[3]), *JSONL]),
-    "csv": rows("rows.csv", CSV), "tsv": rows("rows.tsv", [CSV[0].replace(b",", b"\t")]), "text": rows("rows.txt", [b"some text\n"]),
-    "trajectory": rows("rows.jsonl", [JSONL[-2] * 3], format="trajectory"), "gzip": rows("rows.jsonl.gz", [gzip.compress(JSONL[0])]),
+    "clouds": variable(
+        clouds.VARIABLE,
+        cloud,
+        [
+            b"tpus:\n  v5e: {zones: [europe-west4-b], runtime: v2-alpha-tpuv5-lite}\n",
+            *files("gemma_tpu/bundled/clouds.yaml"),
+        ],
+    ),
+    "safetensors": safetensors,
+    "header": header,
+    "index": index,
+    "model_config": model_config,
+    "jsonl": rows("rows.jsonl", JSONL),
+    "json": rows("rows.json", [*as_json(LINES[:1] * 3, {"data": LINES[3:4]}, LINES[3]), *JSONL]),
+    "csv": rows("rows.csv", CSV),
+    "tsv": rows("rows.tsv", [CSV[0].replace(b",", b"\t")]),
+    "text": rows("rows.txt", [b"some text\n"]),
+    "trajectory": rows("rows.jsonl", [JSONL[-2] * 3], format="trajectory"),
+    "gzip": rows("rows.jsonl.gz", [gzip.compress(JSONL[0])]),
     "preference": rows("rows.jsonl", [JSONL[6]], format="preference"),
     "parquet": lambda folder, patch: rows("rows.parquet", parquet())(folder, patch),
-    "samples": samples_file, "store": store, "own_prompts": prompts_file, "bench_data": bench_data, "bench_points": bench_points,
-    "bench_results": bench_results, "eval_results": eval_results, **{name: run_file(name) for name in OTHERS},
-    "calibration": calibrations, "plan": plan_file, "text_request": request("text"), "chat_request": request("chat"),
-    "answer": answer, "completion": completion, "adapter_config": adapter_file("adapter_config.json"),
+    "samples": samples_file,
+    "store": store,
+    "own_prompts": prompts_file,
+    "bench_data": bench_data,
+    "bench_points": bench_points,
+    "bench_results": bench_results,
+    "eval_results": eval_results,
+    **{name: run_file(name) for name in OTHERS},
+    "calibration": calibrations,
+    "plan": plan_file,
+    "text_request": request("text"),
+    "chat_request": request("chat"),
+    "answer": answer,
+    "completion": completion,
+    "adapter_config": adapter_file("adapter_config.json"),
     "adapter_weights": adapter_file("adapter_model.safetensors"),
-    **{name: tokenizer_file(name) for name in
-       ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")},
-}  # fmt: skip
+    **{
+        name: tokenizer_file(name)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+    },
+}
 HEAVY = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}  # 50 ms a file
 
 
@@ -557,13 +765,29 @@ def test_a_minute_of_mutants_is_short_messages(name: str, tmp_path: Path, monkey
 
 def trees(target: Target, count: int) -> None:
     """Trees of JSON (which YAML reads too) with the names that the seeds have, and values of every kind."""
-    words = sorted({found.group()[1:-1] if found.group()[:1] == b'"' else found.group()
-                    for seed in target.seeds for found in fuzz_helper.SCALAR.finditer(seed[:20_000])})[:400]  # fmt: skip
+    words = sorted(
+        {
+            found.group()[1:-1] if found.group()[:1] == b'"' else found.group()
+            for seed in target.seeds
+            for found in fuzz_helper.SCALAR.finditer(seed[:20_000])
+        }
+    )[:400]
     names = st.sampled_from([word.decode("utf-8", "replace") for word in words] or [""]) | st.text(max_size=5)
-    scalars = (st.none() | st.booleans() | st.integers() | st.floats() | names | st.sampled_from(["../x", "\0", "\ud800", "1e999"]))
-    anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=6))
+    scalars = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | names
+        | st.sampled_from(["../x", "\0", "\ud800", "1e999"])
+    )
+    anything = st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=6)
+    )
 
-    @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.dictionaries(names, anything, max_size=8) | anything)
     def run(tree: Any) -> None:
         data = json.dumps(tree).encode()

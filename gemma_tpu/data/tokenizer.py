@@ -201,6 +201,8 @@ class Tokenizer:
         return any(slot.key == "reasoning" and f"{mark}{n}]]" in text for n, slot in enumerate(slots))
 
     def _render(self, messages: Messages, tools: Tools, thinking: bool, add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
         if self._tokenizer.chat_template is None:
             raise UserError(
                 f"{self.folder}: no chat template (chat_template.jinja, or chat_template in "
@@ -213,8 +215,9 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt, **options,
             )  # fmt: skip
         except Exception as error:  # a template is a program of somebody's, in a sandbox, and can fail in every way
-            told = plain.cut(" ".join(str(error).split()), 400) or "it fails"
-            raise UserError(f"{self.folder}: the chat template refuses the conversation: {told}") from error
+            told = plain.cut(" ".join(str(error).split()), 400) or "it does not say why"
+            how = "refuses" if isinstance(error, TemplateError) else "breaks on"
+            raise UserError(f"{self.folder}: the chat template {how} the conversation: {told}") from error
 
     def _bos_once(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or ids[:1] == [self.bos_id]:

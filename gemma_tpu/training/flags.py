@@ -3,14 +3,13 @@
 from functools import cache
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 
 
 @cache
 def _table() -> dict[str, list[dict[str, Any]]]:
-    return yaml.safe_load(resolve("bundled:xla_flags.yaml").read_text())
+    return plain.yaml_file(resolve("bundled:xla_flags.yaml"))
 
 
 def for_mesh(mesh: Any) -> dict[str, Any]:
