@@ -51,7 +51,7 @@ def from_json(raw: str | bytes | bytearray, name: str) -> Any:
 def json_value(raw: str | bytes | bytearray) -> Any:
     """The value, or a ValueError that says what is wrong, for those who read many of them from one file."""
     try:
-        tree = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+        tree = json.loads(raw if isinstance(raw, str) else raw.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("nested too deep") from None
     return _checked(tree)

@@ -1,8 +1,8 @@
 """Every parser of a file that a user gives, or that somebody gave the user, under broken files by the thousand.
 
 Whatever a file holds, a reader takes it or says in one short message what is wrong with which file. The fast suite
-feeds each reader the bombs, the seeds and a fixed number of trees; `make test-slow` mutates for GEMMA_TPU_FUZZ_SECONDS (60)
-each. A finding is repeated by its bytes, which stand in the message, or by GEMMA_TPU_FUZZ_SEED.
+feeds each reader the bombs, the seeds and a fixed number of trees; `make test-slow` mutates each reader's seeds for
+GEMMA_TPU_FUZZ_SECONDS (60). A finding is repeated by its bytes, which stand in the message, or by GEMMA_TPU_FUZZ_SEED.
 """
 
 import gzip
@@ -713,7 +713,7 @@ TARGETS: dict[str, Callable[[Path, Any], Target]] = {
     "jsonl": rows("rows.jsonl", JSONL),
     "json": rows("rows.json", [*as_json(LINES[:1] * 3, {"data": LINES[3:4]}, LINES[3]), *JSONL]),
     "csv": rows("rows.csv", CSV),
-    "tsv": rows("rows.tsv", [CSV[0].replace(b",", b"\t")]),
+    "tsv": rows("rows.tsv", [b"prompt\tresponse\nq\ta\n"]),
     "text": rows("rows.txt", [b"some text\n"]),
     "trajectory": rows("rows.jsonl", [JSONL[-2] * 3], format="trajectory"),
     "gzip": rows("rows.jsonl.gz", [gzip.compress(JSONL[0])]),

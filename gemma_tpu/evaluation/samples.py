@@ -100,7 +100,7 @@ def read(path: Path, problems: Iterable[str] | None = None) -> list[Sample]:
         if sample is not None and known is not None and sample.problem not in known:
             fault = f"no problem is called {plain.shown(sample.problem)}"
         elif sample is not None and sample.key in found:
-            fault = f"sample {sample.sample} of {plain.shown(sample.problem)} is there twice"
+            fault = f"sample {sample.sample} of {plain.cut(sample.problem)} is there twice"
         if fault:
             faults.append(f"line {number}: {fault}")
         else:

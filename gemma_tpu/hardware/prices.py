@@ -211,7 +211,7 @@ def _problems(tree: Any, bundled: bool) -> Iterator[str]:
     for key, section in tree.items():
         if key not in SECTIONS:
             yield f"{plain.below('', key)}: unknown key{_near(key, SECTIONS)}"
-        elif key == "over" and not isinstance(section, str):
+        elif key == "over" and not isinstance(section, str | None):
             yield f"over: {plain.shown(section)} must be the name of a price set or a file"
         elif key != "over" and not isinstance(section or {}, dict):
             yield f"{key}: must be a mapping"

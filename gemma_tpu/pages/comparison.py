@@ -56,7 +56,7 @@ def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name the run_dir of a config that was trained")
     settings, file = runs.read_config(path), path / "metrics.jsonl"
-    rows, found = metrics.read(file, {}), runs.read_summary(runs.RunFolder(path))
+    rows, found = metrics.read(file), runs.read_summary(runs.RunFolder(path))
     if not rows:
         raise UserError(f"{file}: is empty or not there; a comparison needs at least one update")
     missing = [key for key in NEEDED if key not in rows[0]]

@@ -24,13 +24,13 @@ PREVIEWS = {"step": int, "prompt": str, "text": str}
 WARNINGS = {"step": int, "kind": str, "text": str}
 
 
-def read(path: Path, form: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read(path: Path, form: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The rows of a journal; none where it is not there. A row of another form than `form` is named by its line."""
     rows = []
     for number, line in enumerate(plain.text(path).split("\n") if path.exists() else (), 1):
         if line.strip():
             row = plain.from_json(line, f"{path}: line {number}")
-            rows.append(plain.require(row, form, f"{path}: line {number}"))
+            rows.append(plain.require(row, form or {}, f"{path}: line {number}"))
     return rows
 
 
