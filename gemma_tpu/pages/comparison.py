@@ -39,7 +39,7 @@ class Run:
 
     @property
     def devices(self) -> str:
-        return f"{self.summary['devices']} x {self.summary['device_kind']}" if "devices" in self.summary else "-"
+        return f"{self.summary['devices']} x {self.summary.get('device_kind', '?')}" if "devices" in self.summary else "-"
 
 
 def read(paths: Sequence[Path]) -> list[Run]:

@@ -61,7 +61,7 @@ def _facts(rows: Sequence[Row], summary: Row, held_out: Sequence[Row]) -> str:
         best = min(held_out, key=lambda row: row["loss"])
         found.append(("best held-out loss", _number(best["loss"]), f"step {best['step']}, perplexity "
                       f"{best['perplexity']:,.2f}", ""))  # fmt: skip
-    if summary:
+    if {"devices", "device_kind"} <= summary.keys():
         found.append(("devices", f"{summary['devices']} x {summary['device_kind']}",
                       f"{summary.get('hosts', 1)} host(s)", ""))  # fmt: skip
     if last.get("usd") is not None:
