@@ -405,7 +405,9 @@ def patient(monkeypatch: Any) -> Iterator[int]:
         await send({"type": "http.response.body", "body": b"ok"})
 
     listener = socket.create_server(("127.0.0.1", 0))
-    options = uvicorn.Config(ok, log_config=None, log_level="critical", lifespan="off", http=patience.Patient)
+    options = uvicorn.Config(
+        ok, log_config=None, log_level="critical", lifespan="off", http=patience.Patient, timeout_keep_alive=1
+    )
     web = uvicorn.Server(options)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

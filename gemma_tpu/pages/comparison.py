@@ -39,7 +39,8 @@ class Run:
 
     @property
     def devices(self) -> str:
-        return f"{self.summary['devices']} x {self.summary.get('device_kind', '?')}" if "devices" in self.summary else "-"
+        count, kind = self.summary.get("devices"), self.summary.get("device_kind", "?")
+        return "-" if count is None else f"{count} x {kind}"
 
 
 def read(paths: Sequence[Path]) -> list[Run]:

@@ -193,7 +193,7 @@ def _read(answer: dict[str, Any], stop: Sequence[str]) -> Result:
                 "logprobs": listed or None}  # fmt: skip
     except (KeyError, IndexError, TypeError, AttributeError):
         shown = without_key(json.dumps(answer))[:200]
-        raise RunError(f"the answer of the server is not that of an OpenAI-compatible one: {shown}") from None
+        raise RunError(f"the answer is not that of an OpenAI-compatible server: {shown}") from None
 
 
 def _fingerprint(url: str, body: dict[str, Any]) -> str:
