@@ -172,7 +172,10 @@ def read(path: Path) -> Card:
             places = "".join(f"\n  {one}" for one in held)
             raise UserError(f"{path}: holds {len(held)} results of evaluations; name one file:{places}".rstrip(":"))
         file = held[0]
-    entry = plain.json_file(file)
+    try:
+        entry = plain.json_value(plain.text(file))
+    except ValueError:
+        entry = None
     if not isinstance(entry, dict) or not isinstance(entry.get("per_problem"), dict) or not entry["per_problem"]:
         raise UserError(f"{file}: is no results file of `gemma-tpu eval` (results.json, eval_tiny.json)")
     plain.require(entry, {"per_problem": {str: {"passed": int, "samples": int, "score?": float}}}, str(file))
