@@ -236,7 +236,10 @@ def index(folder: Path, _: Any) -> Target:
 
 
 def model_config(folder: Path, _: Any) -> Target:
-    seeds = as_json(*(sizes.config(size) for size in sizes.known()))
+    nulls = sizes.config("gemma4-31b")
+    nulls["text_config"] = nulls["text_config"] | {"rope_parameters": {
+        "sliding_attention": {"rope_theta": None}, "full_attention": {"rope_type": "proportional", "factor": None}}}  # fmt: skip
+    seeds = as_json(nulls, *(sizes.config(size) for size in sizes.known()))
     return of_file(folder, "config.json", lambda file: subject.find_model(str(file.parent)), seeds)
 
 
@@ -294,6 +297,7 @@ def parquet() -> list[bytes]:
 
 
 FOUND = as_json(
+    {"instruction": "i", "output": "o", "history": 1.5},
     {"data": [-1]},
     {"messages": [{"role": "user", "content": [{"type": {}, "text": "q"}]}]},
     {"messages": [{"role": "assistant", "content": "", "tool_calls": json.loads("[" * 70 + "]" * 70)}]},

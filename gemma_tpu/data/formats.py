@@ -139,7 +139,8 @@ def _pairs(record: dict, form: str, tools: list[dict] | None, said: Counter[str]
     """Columns: one question and its answer, with Alpaca's earlier pairs where there are any."""
     messages = [_turn("system", record["system"], "'system'")] if record.get("system") is not None else []
     if form == "alpaca":
-        for pair in record.get("history") or []:
+        history = record.get("history") or []
+        for pair in history if isinstance(history, list | tuple) else [history]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RowFault("wrong_format", "'history' is not a list of [question, answer]")
             messages += [_turn("user", pair[0], "'history'"), _turn("assistant", pair[1], "'history'")]

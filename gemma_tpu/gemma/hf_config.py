@@ -241,6 +241,7 @@ def _ropes(text: Text, family: Family) -> dict[str, Rope]:
 def _rope(entry: Any, kind: str, theta: float) -> Rope:
     if not isinstance(entry, Mapping):
         raise UserError(f"config.json: rope_parameters has no entry for {kind}")
+    entry = {key: value for key, value in entry.items() if value is not None}
     rope_type = entry.get("rope_type", entry.get("type", "default"))
     if rope_type not in ("default", "proportional", "linear"):
         raise UserError(
