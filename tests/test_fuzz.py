@@ -237,8 +237,8 @@ def index(folder: Path, _: Any) -> Target:
 
 def model_config(folder: Path, _: Any) -> Target:
     nulls = sizes.config("gemma4-31b")
-    nulls["text_config"] = nulls["text_config"] | {"rope_parameters": {
-        "sliding_attention": {"rope_theta": None}, "full_attention": {"rope_type": "proportional", "factor": None}}}  # fmt: skip
+    null = {"sliding_attention": {"rope_theta": None}, "full_attention": {"rope_type": "linear", "factor": None}}
+    nulls["text_config"] = nulls["text_config"] | {"rope_parameters": null}
     seeds = as_json(nulls, *(sizes.config(size) for size in sizes.known()))
     return of_file(folder, "config.json", lambda file: subject.find_model(str(file.parent)), seeds)
 

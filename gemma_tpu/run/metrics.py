@@ -15,7 +15,7 @@ from gemma_tpu import plain
 PACE = {"tokens": float, "tokens_per_s": float, "usd?": (float, None)}  # what tells how fast a run was
 _OF_STEPS = {
     **PACE, "step": int, "loss": (float, None), "lr": (float, None), "grad_norm": (float, None), "target_tokens": float,
-    "step_s?": float, "skipped?": (float, bool),
+    "step_s?": float, "skipped?": float,
     **{f"{name}?": (float, None) for name in ("data_wait", "mfu", "memory_gib", "host_gib", "padding")},
 }  # fmt: skip
 STEPS: dict[str, Any] = _OF_STEPS  # metrics.jsonl
