@@ -32,9 +32,9 @@ from gemma_tpu.commands import (
     serve_cli,
     train_cli,
 )
+from gemma_tpu.commands.arguments import any_target as _any_target
 from gemma_tpu.commands.arguments import positive as _positive
 from gemma_tpu.commands.arguments import seed as _seed
-from gemma_tpu.commands.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.hardware import devices
 from gemma_tpu.run.metrics import say
@@ -171,7 +171,7 @@ def stage(args: argparse.Namespace) -> tuple[Result, int]:
 
 
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
-    target = args.target if "://" in args.target else _target(args.target)
+    target = _any_target(args.target)
     prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
     return sample_cli.run(args, target, prompts, _settings(args))
 

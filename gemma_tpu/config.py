@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from gemma_tpu import plain
 from gemma_tpu.assets import find
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import ALTERNATIVES, Config, Mismatch, cast, closest, conflicts, words
@@ -112,12 +113,12 @@ class _Draft:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            self._problem(_OVERRIDE, f"{text!r}: must be key=value, like optim.lr=1e-4")
+            self._problem(_OVERRIDE, f"{plain.shown(text)}: must be key=value, like optim.lr=1e-4")
             return
         try:
             node = _compose(value)
         except yaml.YAMLError as error:
-            self._problem(_OVERRIDE, f"{text!r}: the value is not valid YAML ({_reason(error)})")
+            self._problem(_OVERRIDE, f"{plain.shown(text)}: the value is not valid YAML ({plain.reason(error)})")
             return
         self.lines[key] = _OVERRIDE
         parsed = None if node is None else self._value(node, key, _OVERRIDE)
@@ -169,7 +170,7 @@ class _Draft:
         if self.problems:
             count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
             lines = [text for _, text in sorted(self.problems, key=lambda problem: problem[0])]
-            raise UserError("\n  ".join([f"{self.source}: {count}", *lines]))
+            raise UserError(f"{self.source}: {count}\n  " + plain.first(lines, 50, "\n  "))
         return config
 
     def _problem(self, line: int, text: str) -> None:
@@ -203,6 +204,14 @@ class _Draft:
             return self._mapping(node, path, override)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, path, override) for item in node.value]
+        if plain.has_password(node.value):
+            told = "is a URL with credentials in it, and a config stands in every report: leave them out"
+            self._problem(override or node.start_mark.line + 1, f"{_name(path)}: {told}")
+            return None
+        if "\0" in node.value or not plain.encodes(node.value):
+            self._problem(override or node.start_mark.line + 1, f"{_name(path)} = {_show(node.value)}: must be text "
+                          "that a file's name can hold: no NUL, no half of a letter")  # fmt: skip
+            return None
         return _SCALARS[node.tag](node.value)
 
 
@@ -243,7 +252,7 @@ def _unknown(key: str) -> str:
 
 
 def _name(key: str) -> str:
-    return key if key and key.isprintable() else repr(key)
+    return plain.cut(key if key and key.isprintable() else repr(key))
 
 
 def _show(value: Any) -> str:
@@ -267,17 +276,8 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes plain data only: no tags, no aliases (an alias can hide a cycle or grow without bound)."""
-
+class _Loader(plain.Loader):
     yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it open
-        if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
-            problem = "aliases (*), anchors (&) and tags (!) have no use here; quote a value that starts so"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
 
 
 for _tag, _pattern, _first in (
@@ -290,27 +290,11 @@ for _tag, _pattern, _first in (
 
 
 def _compose(text: str) -> yaml.Node | None:
-    try:
-        return _Loader(text).get_single_node()
-    except RecursionError:
-        raise yaml.YAMLError("nested too deep") from None
-    except (ValueError, OverflowError) as error:  # PyYAML on an escape like "\UFFFFFFFF"
-        raise yaml.YAMLError(str(error)) from None
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    reason = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
-    return " ".join(reason.split())
+    return plain.compose(_Loader, text)
 
 
 def _read(file: Path) -> yaml.Node | None:
     try:
-        return _compose(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        return _compose(plain.text(file))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        raise UserError(f"{place}: not valid YAML: {_reason(error)}") from None
+        raise UserError(f"{file}{plain.position(error)}: not valid YAML: {plain.reason(error)}") from None

@@ -4,49 +4,29 @@ The bundled file is the schema: the user's may change what it has, and add entri
 by name (`open_at`). What it changes without saying where from has the user's file as its source.
 """
 
-import datetime
 import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 from gemma_tpu.errors import UserError
 
 
 def load(bundled: str, variable: str, open_at: tuple[str, ...] = ()) -> dict[str, Any]:
     """The bundled YAML under the file that the environment variable names, if it names one."""
-    table: dict[str, Any] = _plain(yaml.safe_load(resolve(f"bundled:{bundled}").read_text(encoding="utf-8")))
+    table: dict[str, Any] = plain.yaml_file(resolve(f"bundled:{bundled}"))
     name = os.environ.get(variable)
     if not name:
         return table
-    given = _read(name, variable)
+    given = plain.yaml_file(Path(name).expanduser(), f"{variable}={name}")
     problems = list(_problems(table, given, "", open_at))
     if problems:
-        raise UserError(f"{variable}={name}: these entries are wrong:\n  " + "\n  ".join(problems))
+        raise UserError(f"{variable}={name}: these entries are wrong:\n  " + plain.first(problems, between="\n  "))
     merged: dict[str, Any] = _over(table, given, name)
     return merged
-
-
-def _read(name: str, variable: str) -> Any:
-    try:
-        return _plain(yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{variable}={name}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{variable}={name}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _plain(tree: Any) -> Any:
-    """Dates as the text that they are written as: 2026-11 is none to YAML, and 2026-11-02 is."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_plain(value) for value in tree]
-    return tree.isoformat() if isinstance(tree, datetime.date) else tree
 
 
 def _problems(table: Any, given: Any, path: str, open_at: tuple[str, ...]) -> Iterator[str]:
@@ -56,13 +36,14 @@ def _problems(table: Any, given: Any, path: str, open_at: tuple[str, ...]) -> It
             yield f"{path or 'the file'}: must be a mapping of {', '.join(map(str, list(table)[:6]))}"
             return
         for key, value in given.items():
-            here = f"{path}.{key}" if path else str(key)
+            here = plain.below(path, key)
             if key in table:
                 yield from _problems(table[key], value, here, open_at)
             elif path in open_at:
                 form = next(iter(table.values()))
                 yield from _problems(form, value, here, open_at)
-                missing = [name for name in form if name not in value] if isinstance(form, Mapping) else []
+                nested = isinstance(form, Mapping) and isinstance(value, Mapping)
+                missing = [name for name in form if name not in value] if nested else []
                 if missing:
                     yield f"{here}: is new and needs every key; missing: {', '.join(map(str, missing))}"
             else:
@@ -72,9 +53,11 @@ def _problems(table: Any, given: Any, path: str, open_at: tuple[str, ...]) -> It
     elif isinstance(table, list):
         kind = type(table[0]) if table else str
         if not isinstance(given, list) or not all(isinstance(one, kind) for one in given):
-            yield f"{path}: {given!r} must be a list" + (f" like {table}" if table else " of texts")
+            yield f"{path}: {plain.shown(given)} must be a list" + (f" like {table}" if table else " of texts")
     elif table is not None and given is not None and not isinstance(given, _kinds(table)):
-        yield f"{path}: {given!r} must be like {table!r}"
+        yield f"{path}: {plain.shown(given)} must be like {table!r}"
+    elif table is None and isinstance(given, dict | list) or isinstance(given, float) and not plain.number(given):
+        yield f"{path}: {plain.shown(given)} must be text or a number"
 
 
 def _kinds(value: Any) -> type | tuple[type, ...]:

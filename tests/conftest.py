@@ -90,9 +90,10 @@ def whole_merged(whole_run, tmp_path_factory):
 @pytest.fixture(scope="session")
 def one_device_run(base32, compile_cache, tmp_path_factory):
     """The same run on one device, by the command line in a process of its own."""
-    from runs_helper import one_device, run, write_config
+    from runs_helper import PLANTED, one_device, run, write_config
 
     folder = tmp_path_factory.mktemp("one_device")
-    finished = run(one_device(write_config(folder / "run.yaml", base32, folder / "run")))
+    finished = run(one_device(write_config(folder / "run.yaml", base32, folder / "run")), **PLANTED)
     assert finished.returncode == 0, finished.stderr
+    assert "planted-" not in finished.stdout + finished.stderr  # runs_helper.PLANTED
     return folder / "run"

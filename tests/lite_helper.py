@@ -15,6 +15,7 @@ from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.lite import app
 from gemma_tpu.lite.engine import Engine
 from gemma_tpu.lite.metrics import Metrics
+from gemma_tpu.lite.patience import Patient
 from gemma_tpu.lite.programs import Device
 from gemma_tpu.lite.requests import Limits
 
@@ -33,7 +34,7 @@ class Server:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        options = uvicorn.Config(app.build(self.served), log_config=None, log_level="critical",
+        options = uvicorn.Config(app.build(self.served), log_config=None, log_level="critical", http=Patient,
                                  timeout_graceful_shutdown=20)  # fmt: skip
         self.web = uvicorn.Server(options)
         self._thread = threading.Thread(target=self.web.run, kwargs={"sockets": [self._listener]}, daemon=True)

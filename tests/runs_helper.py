@@ -31,6 +31,13 @@ STEPS, EVERY = 8, 3  # saves at 3, 6 and 8
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "target_tokens", "tokens_per_s"}
 MEASURED = {"tokens_per_s", "step_s", "data_wait", "mfu", "memory_gib", "host_gib", "usd"}
 
+# What must never be seen again, from the environment of a process (test_security.py).
+PLANTED = {
+    name: f"planted-{number}-{name.lower().replace('_', '-')}"
+    for number, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+                                   "OPENAI_API_KEY", "TRACKIO_TOKEN"), 1)
+}  # fmt: skip
+
 Arrays = dict[str, np.ndarray]
 
 

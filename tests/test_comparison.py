@@ -92,7 +92,7 @@ def test_equal_counts_of_other_rows_are_found_by_the_plan(tmp_path):
     [
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: is empty or not there"),
         (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n'), "have no lr, grad_norm"),
-        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1,\n'), "cannot be read"),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1,\n'), "line 1 is not valid JSON"),
         (lambda folder: (folder / "config.yaml").unlink(), "no config.yaml here"),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_wrong_call_is_one_clear_message(capsys, words, rule):
 
 def test_files_that_are_something_else_are_refused(capsys, tmp_path):
     other = tmp_path / "other.json"
-    for text, rule in (("[1]", "not a JSON object"), ("{", "not JSON"), ("{}", "no key 'slice'"),
+    for text, rule in (("[1]", "not a JSON object"), ("{", "not valid JSON"), ("{}", "no key 'slice'"),
                        ('{"sweep": []}', "a sweep has many slices"),
                        ('{"slice": "v6e-8", "hours": 1, "fits": false}', "does not fit v6e-8"),
                        ('{"slice": "v6e-8", "hours": null, "fits": true}', "did not know how long"),

@@ -30,7 +30,7 @@ def listed(text: str) -> list[str]:
 
 # A module imports only from those above it, and from those to its left.
 ORDER = listed("""
-    errors assets schema config overlay
+    errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
     storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention projection experts kv_cache
@@ -49,7 +49,7 @@ ORDER = listed("""
     planning: subject calibration workload plan plan_text sweep plan_page rehearsal
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring evaluate eval_page
-    lite: fields requests programs batch answers metrics engine app
+    lite: fields requests programs batch answers metrics engine patience app
     serving: vllm_command
     launch: launching manifests launch_script scripts
     bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result
@@ -64,7 +64,7 @@ ORDER = listed("""
 
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = listed("""
-    errors assets schema config overlay
+    errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
     storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config weights quantise sizes

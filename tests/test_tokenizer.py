@@ -267,7 +267,7 @@ def test_a_folder_without_a_readable_tokenizer_or_template_is_refused(folder, tm
         Tokenizer(tmp_path)
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json: not valid JSON"):
+    with pytest.raises(UserError, match="generation_config.json is not valid JSON"):
         Tokenizer(copy)
     (copy / "generation_config.json").unlink()
     (copy / "chat_template.jinja").unlink()

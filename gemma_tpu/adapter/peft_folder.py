@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tpu import plain
 from gemma_tpu.adapter.updates import LowRank
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.gemma.weights import EXPERTS, lora_entries, to_peft
-from gemma_tpu.storage.header import parse_json
 from gemma_tpu.storage.shards import Checkpoint, read_file
 from gemma_tpu.storage.staging import staged, write_file
 
@@ -160,11 +160,13 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     pairs: dict[str, dict[str, np.ndarray]] = {}  # of each tensor of the base: A, B and a magnitude
     for name, value in tensors.items():
         found = re.fullmatch(_TENSOR, name)
-        module = _suffix(found[1]) if found else None
-        if found and module in places:
-            pairs.setdefault(places[module], {})[found[2] or found[3]] = value.astype(np.float32)
-        elif not _is_copy_of_k(name, tensors):  # the form for vLLM; V is K, which has its own pair
-            problems.append(f"{name}: no weight of the base's text tower takes it")
+        place = places.get(_suffix(found[1])) if found else None
+        if place is None and _is_copy_of_k(name, tensors):
+            continue  # the form for vLLM; V is K, which has its own pair
+        if place is None:
+            problems.append(f"{plain.cut(name)}: no weight of the base's text tower takes it")
+        else:
+            pairs.setdefault(place, {})[found[2] or found[3]] = value.astype(np.float32)
     parts: dict[str, LowRank] = {}
     for place, pair in pairs.items():
         if not {"A", "B"} <= pair.keys() or pair["A"].ndim != 2 or pair["B"].ndim != 2:
@@ -172,7 +174,7 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
             continue
         shape, rank = base.info(place).shape, _setting(config, "rank_pattern", "r", place)
         a, b = pair["A"], pair["B"]
-        if place.endswith(EXPERTS):
+        if place.endswith(EXPERTS) and a.size % shape[0] == 0 and b.size % shape[0] == 0:
             a, b = a.reshape(shape[0], -1, a.shape[-1]), np.moveaxis(b.reshape(b.shape[0], -1, shape[0]), -1, 0)
         if a.shape[-2] != rank or (*b.shape[:-1], a.shape[-1]) != shape:
             problems.append(f"{place}: A {list(a.shape)}, B {list(b.shape)} of rank {rank} do not give {list(shape)}")
@@ -181,7 +183,7 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         parts[place] = LowRank(b, a, float(scale), pair.get("magnitude"))
     if problems:
-        raise UserError(f"{folder} is no adapter for {base.where}:\n  " + "\n  ".join(sorted(problems)[:20]))
+        raise UserError(f"{folder} is no adapter for {base.where}:\n  " + plain.first(sorted(problems), between="\n  "))
     if not parts:
         raise UserError(f"{folder / WEIGHTS} holds no adapter tensors")
     return Adapter(folder, config, parts)
@@ -202,21 +204,40 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is no PEFT adapter: it has no {' and no '.join(missing)}")
-    config = parse_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    config = plain.from_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     wrong = []
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG}: peft_type must be LORA")
     for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
-            wrong.append(f"{key} must be a number above 0, not {config.get(key)!r}")
+        if isinstance(config.get(key), bool) or not plain.number(config.get(key)) or config[key] <= 0:
+            wrong.append(f"{key} must be a number above 0, not {plain.shown(config.get(key))}")
     if config.get("bias", "none") != "none":
-        wrong.append(f"bias {config['bias']!r}: only adapters without biases can be taken up")
+        wrong.append(f"bias {plain.shown(config['bias'])}: only adapters without biases can be taken up")
     for key in ("modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias"):
         if config.get(key):
             wrong.append(f"{key} is set, and would be lost")
+    wrong += plain.faults(config, _FORM)
+    if not wrong:
+        wrong += [f"{name} has {plain.shown(key)}: {problem}" for name in ("rank_pattern", "alpha_pattern")
+                  for key in config.get(name) or {} if (problem := _pattern_problem(key))]  # fmt: skip
     if wrong:
-        raise UserError(f"{folder / CONFIG}:\n  " + "\n  ".join(wrong))
+        raise UserError(f"{folder / CONFIG}:\n  " + plain.first(wrong, between="\n  "))
     return config
+
+
+_FORM = {"bias?": (str, None), "use_rslora?": (bool, None), "target_parameters?": ([str], None),
+         "rank_pattern?": ({str: int}, None), "alpha_pattern?": ({str: float}, None)}  # fmt: skip
+
+
+def _pattern_problem(key: str) -> str | None:
+    """A regex from elsewhere: one that repeats what repeats can take for ever to say no."""
+    if len(re.findall(r"(?<!\\)[*+{]", key)) > 3 or re.search(r"(?<!\\)\)[*+?{]", key):
+        return "a pattern that repeats groups, or more than three things, is not tried out"
+    try:
+        re.compile(key)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"no regular expression ({plain.cut(str(error))})"
+    return None
 
 
 def _setting(config: dict[str, Any], pattern: str, default: str, place: str) -> Any:

@@ -4,10 +4,12 @@ A sweep that is run again into the same file goes on with the points that are mi
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.bench import vllm_result
 from gemma_tpu.bench.doubts import OURS
 from gemma_tpu.bench.points import Point
@@ -86,24 +88,68 @@ def begin(path: Path, settings: Card, server: Card, client: Card) -> Results:
     return found
 
 
+_MAYBE = (float, None)
+_SPREAD = {"p50": _MAYBE, "p90": _MAYBE, "p99": _MAYBE, "mean": _MAYBE}
+_REQUEST = {"scheduled": float, "sent": float, "input_tokens": (int, None), "output_tokens": int, "error?": str,
+            "said?": str, "ttft_ms?": _MAYBE, "tpot_ms?": _MAYBE, "e2e_ms?": _MAYBE}  # fmt: skip
+_POINT = {
+    "input": (int, None), "output": int, "qps": (float, str), "prompts": int, "completed": int, "failed": int,
+    "duration": float, "input_tokens": float, "output_tokens": float, "request_throughput": float,
+    "input_throughput": float, "output_throughput": float, "failures": {str: int}, "goodput": _MAYBE,
+    "good_share": _MAYBE, "counted_by": [str], "fixed_output?": bool, "requests": [_REQUEST],
+    "phases?": ({str: float}, None),
+    **{name: _SPREAD for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")}, "counters?": {str: int},
+    **{f"{name}?": (_SPREAD, None) for name in ("chunk_gap_ms", "lag_ms", "beat_ms")}, "tokens_per_chunk?": _MAYBE,
+    "split_ms?": ({str: float}, None), "reconnected?": int, "extras?": [str],
+}  # fmt: skip
+_FORM = {
+    "format": str, "points": [_POINT], "client": dict,
+    "settings": {"source": str, "endpoint?": (str, None), "shared_prefix?": (int, None), "kv_dtype?": (str, None),
+                 "notes?": ({str: object}, None), "tokenizer?": (str, None), "data?": (str, None),
+                 "arrivals?": (str, None), "seed?": (int, None), "temperature?": _MAYBE, "timeout?": _MAYBE,
+                 "warmup?": (int, None)},
+    "server": {"url": (str, None), "model": (str, None), "root": (str, None), "max_model_len?": (int, None),
+               "version": (str, None), "settings?": ({str: object}, None)},
+}  # fmt: skip
+
+
+def _impossible(name: str, point: Card) -> Iterator[str]:
+    """Figures that no measurement gives."""
+    rate = point["qps"]
+    if rate != "inf" and (isinstance(rate, str) or rate <= 0):
+        yield f"{name}.qps is {plain.shown(rate)}: it must be a number above 0, or inf"
+    for key in ("duration", "output", "prompts"):
+        if point[key] <= 0:
+            yield f"{name}.{key} is {plain.shown(point[key])}: it must be above 0"
+    for key in ("completed", "failed", "input"):
+        if (point[key] or 0) < 0:
+            yield f"{name}.{key} is {plain.shown(point[key])}: it must not be below 0"
+    for one in point["requests"]:
+        if "error" not in one and (one.get("ttft_ms") is None or one.get("e2e_ms") is None):
+            yield f"{name} has a request that neither failed nor has its times"
+            return
+
+
 def read(path: Path) -> Results:
     """Ours, or one of `vllm bench serve`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    found = vllm_result.objects(text, path)
-    try:
-        if len(found) == 1 and isinstance(found[0], dict) and found[0].get("format") == FORMAT:
-            one = found[0]
-            return Results(path, one["settings"], one["server"], one["client"], list(one["points"]))
-        if found and all(map(vllm_result.is_one, found)):
-            settings = {"source": "vllm bench serve", "endpoint": found[0].get("endpoint_type")}
-            client = {"date": found[0].get("date")}
-            points = [vllm_result.point(one) for one in found]
-            return Results(path, settings, vllm_result.server(found[0]), client, points)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: a damaged result file ({error!r})") from None
+    found = vllm_result.objects(plain.text(path), path)
+    if len(found) == 1 and isinstance(found[0], dict) and found[0].get("format") == FORMAT:
+        one = plain.require(found[0], _FORM, str(path))
+        numbered = enumerate(one["points"])
+        problems = [problem for at, point in numbered for problem in _impossible(f"points[{at}]", point)]
+        if plain.largest(one["points"]) > vllm_result.MOST:
+            problems.append(f"points hold numbers above {vllm_result.MOST:g}, which nobody has measured")
+        lacking = [name for name in SAME if name not in one["settings"] and name != "notes"]
+        if one["settings"]["source"] == OURS and lacking:
+            problems.append(f"settings lack {', '.join(lacking)}")
+        if problems:
+            raise UserError(f"{path}: {plain.first(problems, 5, '; ')}")
+        return Results(path, one["settings"], one["server"], one["client"], list(one["points"]))
+    if found and all(map(vllm_result.is_one, found)):
+        for number, one in enumerate(found, 1):
+            vllm_result.check(one, f"{path}: result {number}")
+        settings = {"source": "vllm bench serve", "endpoint": found[0].get("endpoint_type")}
+        client = {"date": found[0].get("date")}
+        points = [vllm_result.point(one) for one in found]
+        return Results(path, settings, vllm_result.server(found[0]), client, points)
     raise UserError(f"{path}: neither a result of this command nor one of `vllm bench serve --save-result`")

@@ -4,7 +4,6 @@ A server that keeps the prefixes of prompts answers a repeated one without compu
 its own, drawn from a number that differs from run to run unless the user fixes it.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.sampling.asking import Messages, conversation
 from gemma_tpu.storage.sources import local_folder
@@ -118,12 +118,7 @@ def random_prompts(
 
 def own_prompts(path: Path, chat: bool) -> Iterator[Prompt]:
     """Rows of {"prompt": text} or {"messages": [...]}, with {"output": tokens} where a row has its own length."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"--data {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+    lines = plain.text(path, f"--data {path}").split("\n")
     found: list[Prompt] = []
     faults: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -139,14 +134,14 @@ def own_prompts(path: Path, chat: bool) -> Iterator[Prompt]:
 
 def _row(line: str, chat: bool) -> tuple[str, Prompt | None]:
     try:
-        row: Any = json.loads(line)
+        row: Any = plain.json_value(line)
     except ValueError:
         return "no JSON", None
     if not isinstance(row, dict):
         return "no JSON object", None
     output = row.get("output")
     if output is not None and (type(output) is not int or output < 1):
-        return f"output is {output!r}: it must be an integer of at least 1", None
+        return f"output is {plain.shown(output)}: it must be an integer of at least 1", None
     if isinstance(row.get("messages"), list) and row["messages"]:
         if not chat:
             return "messages go to --endpoint chat", None

@@ -88,6 +88,8 @@ async def _take(answer: Answer, dialect: Dialect, reply: Reply, begun: float, co
         try:
             usage = found.get("usage") or usage
             events += _read(found, at - begun, dialect, reply)
+            if not all(isinstance(usage.get(key), int | None) for key in ("prompt_tokens", "completion_tokens")):
+                raise TypeError
         except (AttributeError, TypeError):
             raise Broken("not_openai", f"an event of another form than OpenAI's: {data[:80]!r}") from None
     if not over and reply.finish_reason is None:
@@ -127,7 +129,7 @@ async def _messages(answer: Answer) -> AsyncIterator[tuple[float, str]]:
 def _parse(data: str) -> dict[str, Any]:
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise Broken("not_openai", f"an event that is no JSON object: {data[:80]!r}")

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 
 LARGEST = 1_000_000  # tokens, prompts: what is above it was mistyped
@@ -66,12 +65,7 @@ def grid(
 
 def read(path: Path) -> tuple[Point, ...]:
     """A YAML list of mappings {input, output, qps, prompts}; qps may be a list, of which each makes a point."""
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--points {path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--points {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    given = plain.yaml_file(path, f"--points {path}")
     if not isinstance(given, list) or not given:
         raise UserError(f"--points {path}: must be a list of points, like `- {{input: 512, output: 256, qps: [1, 2]}}`")
     problems: list[str] = []
@@ -84,7 +78,7 @@ def read(path: Path) -> tuple[Point, ...]:
             found += [Point(one["input"], one["output"], float(qps), one.get("prompts", PAPER_PROMPTS))
                       for qps in rates]  # fmt: skip
     if problems:
-        raise UserError(f"--points {path}:\n  " + "\n  ".join(problems))
+        raise UserError(f"--points {path}:\n  " + plain.first(problems, between="\n  "))
     return checked(found)
 
 
@@ -93,19 +87,21 @@ _KEYS = ("input", "output", "qps", "prompts")
 
 def _wrong(one: Any) -> Iterable[str]:
     if not isinstance(one, dict):
-        yield f"{one!r} must be a mapping of {', '.join(_KEYS)}"
+        yield f"{plain.shown(one)} must be a mapping of {', '.join(_KEYS)}"
         return
     for key in one:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, 1)
-            yield f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_KEYS)}")
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KEYS)}"
+            yield f"{plain.below('', key)}: unknown key; {meant}"
     for key in ("input", "output", "prompts"):
         value = one.get(key, PAPER_PROMPTS if key == "prompts" else None)
         if type(value) is not int:
-            yield f"{key} is {value!r}: it must be an integer"
+            yield f"{key} is {plain.shown(value)}: it must be an integer"
     rates = one.get("qps")
-    if any(type(qps) not in (int, float) and qps != "inf" for qps in (rates if isinstance(rates, list) else [rates])):
-        yield f"qps is {rates!r}: it must be a number, inf, or a list of them"
+    each = rates if isinstance(rates, list) else [rates]
+    if not each or any(type(qps) not in (int, float) and qps != "inf" for qps in each):
+        yield f"qps is {plain.shown(rates)}: it must be a number, inf, or a list of them"
 
 
 def checked(points: Iterable[Point]) -> tuple[Point, ...]:

@@ -3,7 +3,6 @@
 vLLM's names are looked for without their prefix (`vllm:`), so that other servers that expose the same are read too.
 """
 
-import json
 import os
 import re
 import urllib.error
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.sampling.endpoint import api
 
@@ -54,23 +54,31 @@ def server(url: str, model: str | None) -> Server:
     where = api(url)
     listed = _models(where)
     if model is None and len(listed) != 1:
-        raise UserError(f"{where} serves {', '.join(listed) or 'none'}: say which model to ask (--model NAME)")
+        named = plain.first(map(plain.cut, listed)) or "none"
+        raise UserError(f"{where} serves {named}: say which model to ask (--model NAME)")
     name = model or next(iter(listed))
     if listed and name not in listed:
-        raise UserError(f"--model {name}: {where} serves {', '.join(listed)}")
+        raise UserError(f"--model {name}: {where} serves {plain.first(map(plain.cut, listed))}")
     entry = listed.get(name, {})
     version = _get(_beside(where, "/version"))
-    told = json.loads(version).get("version") if version and version.lstrip().startswith("{") else None
-    longest = entry.get("max_model_len")
-    return Server(where, name, entry.get("root"), longest if isinstance(longest, int) else None, told,
-                  settings(metrics(where)))  # fmt: skip
+    longest, root = entry.get("max_model_len"), entry.get("root")
+    return Server(where, name, root if isinstance(root, str) else None, longest if type(longest) is int else None,
+                  _version(version), settings(metrics(where)))  # fmt: skip
+
+
+def _version(said: str | None) -> str | None:
+    try:
+        return plain.require(plain.json_value(said or ""), {"version": str}, "/version")["version"]
+    except (ValueError, UserError):  # another kind of server
+        return None
 
 
 def _models(where: str) -> dict[str, dict[str, Any]]:
     headers = {"Authorization": f"Bearer {key()}"} if key() else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{where}/models", headers=headers), timeout=TIMEOUT) as one:
-            return {entry["id"]: entry for entry in json.loads(one.read())["data"]}
+            found = plain.require(plain.json_value(one.read()), {"data": [{"id": str}]}, f"{where}/models")
+            return {entry["id"]: entry for entry in found["data"]}
     except urllib.error.HTTPError as error:
         error.close()
         hint = "; set OPENAI_API_KEY to a key of this server" if error.code in (401, 403) else ""
@@ -78,7 +86,7 @@ def _models(where: str) -> dict[str, dict[str, Any]]:
     except OSError as error:
         told = getattr(error, "reason", error)
         raise RunError(f"{where}: no answer ({told}); is the server up?") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise UserError(f"{where}/models: not the answer of an OpenAI-compatible server") from None
 
 

@@ -6,14 +6,17 @@ it only with --save-detailed; without, medians and the percentiles that were ask
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemma_tpu import plain
 from gemma_tpu.bench.latencies import PERCENTILES, percentiles
 from gemma_tpu.errors import UserError
 
+MOST = 1e15  # of any figure: nobody measures more tokens, milliseconds or requests
 NAMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "e2e_ms": "e2el"}
 
 Card = dict[str, Any]
@@ -25,15 +28,53 @@ def is_one(found: Any) -> bool:
 
 def objects(text: str, path: Path) -> list[Any]:
     """Every JSON value of a file that has them one after the other."""
-    decoder, at, found = json.JSONDecoder(), 0, []
-    while at < len(text.rstrip()):
-        at += len(text[at:]) - len(text[at:].lstrip())
+    decoder, blank, found = json.JSONDecoder(), re.compile(r"\s*"), []
+    at = blank.match(text).end()  # type: ignore[union-attr]
+    while at < len(text):
         try:
             one, at = decoder.raw_decode(text, at)
+            for _ in plain.levels(one):
+                pass
+        except RecursionError:
+            raise UserError(f"{path}: no JSON (nested too deep)") from None
         except ValueError as error:
             raise UserError(f"{path}: no JSON ({error})") from None
         found.append(one)
+        at = blank.match(text, at).end()  # type: ignore[union-attr]
     return found
+
+
+_MAYBE = (float, None)
+_FORM = {
+    "request_rate": (float, str), "num_prompts": int, "completed": int, "failed?": int, "duration": float,
+    "total_input_tokens": int, "total_output_tokens": int, "request_throughput": float, "output_throughput": float,
+    "request_goodput?": _MAYBE, "date?": (str, None), "endpoint_type?": (str, None), "model_id?": (str, None),
+    **{f"{kind}_{name}_ms?": _MAYBE for name in NAMES.values()
+       for kind in ("mean", "median", *(f"p{p}" for p in PERCENTILES))},
+    "latencies?": ([float], None),
+}  # fmt: skip
+_DETAILED = {"start_times": [float], "errors": [str], "ttfts": [float], "itls": [[float]], "input_lens": [int],
+             "output_lens": [int]}  # fmt: skip
+
+
+def check(found: Any, name: str) -> None:
+    """One run of the file, or a UserError with what is wrong in it."""
+    detailed = {"ttfts", "start_times"} <= set(found)
+    plain.require(found, _FORM | (_DETAILED if detailed else {}), name)
+    sizes = {len(found[key]) for key in _DETAILED} if detailed else set()
+    if len(sizes) > 1 or (detailed and found.get("latencies") and len(found["latencies"]) not in sizes):
+        raise UserError(f"{name}: its lists of requests have different lengths")
+    if plain.largest(found) > MOST:
+        raise UserError(f"{name}: holds numbers above {MOST:g}, which nobody has measured")
+    rate = found["request_rate"]
+    if isinstance(rate, str) and rate != "inf" or not isinstance(rate, str) and rate <= 0:
+        raise UserError(f"{name}: request_rate is {plain.shown(rate)}: it must be a number above 0, or inf")
+    for key in ("duration", "num_prompts"):
+        if found[key] <= 0:
+            raise UserError(f"{name}: {key} is {plain.shown(found[key])}: it must be above 0")
+    for key in ("completed", "failed", "total_input_tokens", "total_output_tokens"):
+        if found.get(key, 0) < 0:
+            raise UserError(f"{name}: {key} is {plain.shown(found[key])}: it must not be below 0")
 
 
 def point(found: Card) -> Card:

@@ -6,6 +6,7 @@ from pathlib import Path
 from gemma_tpu.errors import UserError
 from gemma_tpu.run import runs
 from gemma_tpu.run.metrics import say
+from gemma_tpu.sampling import endpoint
 
 
 def run_folder(path: Path) -> Path:
@@ -25,8 +26,11 @@ def target(text: str) -> Path:
 
 
 def any_target(text: str) -> Path | str:
-    """A folder, or the URL of a server."""
-    return text if "://" in text else target(text)
+    """A folder, or the URL of a server. A URL is looked at before it is said or written anywhere."""
+    if "://" not in text:
+        return target(text)
+    endpoint.api(text)
+    return text
 
 
 def positive(text: str) -> int:

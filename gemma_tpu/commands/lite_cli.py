@@ -103,9 +103,10 @@ def _serve(args: argparse.Namespace, served: Any, listener: socket.socket, addre
     import uvicorn
 
     from gemma_tpu.lite import app
+    from gemma_tpu.lite.patience import Patient
 
     engine, device = served.engine, served.engine.device
-    options = uvicorn.Config(app.build(served), log_config=None, log_level="critical", access_log=False,
+    options = uvicorn.Config(app.build(served), log_config=None, log_level="critical", access_log=False, http=Patient,
                              timeout_graceful_shutdown=args.drain, server_header=False)  # fmt: skip
     server = uvicorn.Server(options)
 

@@ -1,11 +1,10 @@
 """Where the figures of a cost come from: a planned config, a plan's or a bench's JSON, a run that was measured."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gemma_tpu import config
+from gemma_tpu import config, plain
 from gemma_tpu.bench import bench_file
 from gemma_tpu.bench.measuring import Judge, assess
 from gemma_tpu.costs import paper
@@ -86,12 +85,9 @@ def _no_overrides(source: str, overrides: Sequence[str], what: str) -> None:
 
 def _of_run(path: Path, on: str | None) -> tuple[Training, str]:
     theirs, folder = runs.read_config(path), runs.RunFolder(path)
-    try:
-        rows = [row for row in metrics.read(folder.metrics) if row["tokens_per_s"] > 0]
-        summary = json.loads(folder.summary.read_text()) if folder.summary.exists() else {}
-        seconds, tokens = sum(row["tokens"] / row["tokens_per_s"] for row in rows), sum(row["tokens"] for row in rows)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the journal of a run ({type(error).__name__}: {error})") from None
+    rows = [row for row in metrics.read(folder.metrics, metrics.PACE) if row["tokens_per_s"] > 0 and row["tokens"] > 0]
+    summary = runs.read_summary(folder)
+    seconds, tokens = sum(row["tokens"] / row["tokens_per_s"] for row in rows), sum(row["tokens"] for row in rows)
     if not rows:
         raise UserError(f"{path}: no update has been measured there yet")
     kind, count = summary.get("device_kind"), summary.get("devices")
@@ -116,9 +112,10 @@ def _of_plan(path: Path, on: str | None) -> tuple[Training, str]:
     for key in ("slice", "hours", "fits"):
         if key not in tree:
             raise UserError(f"{path}: no key {key!r}: not what `gemma-tpu plan CONFIG --json` prints")
+    plain.require(tree, _PLAN, str(path))
     if not tree["fits"]:
         raise UserError(f"{path}: that plan does not fit {tree['slice']}")
-    if not tree["hours"]:
+    if not tree["hours"] or tree["hours"] < 0:
         raise UserError(f"{path}: the plan did not know how long the run is: {tree.get('workload', '')}")
     if on is not None and chips.find(on).name != tree["slice"]:
         raise UserError(f"--on {on}: the plan in {path} is of {tree['slice']}")
@@ -126,16 +123,19 @@ def _of_plan(path: Path, on: str | None) -> tuple[Training, str]:
     if not _positive(hours) or not (tokens is None or _positive(tokens)):
         raise UserError(f"{path}: hours is {hours!r} and tokens is {tokens!r}: both must be numbers above 0")
     told = f"{path}, planned ({tree.get('basis')}); {tree.get('workload', '')}"
-    return Training(chips.find(str(tree["slice"])), hours, tokens, False, told), ""
-
-
-def _json(path: Path) -> Mapping[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        place = chips.find(tree["slice"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Training(place, tree["hours"], tree.get("tokens"), False, told), ""
+
+
+_PLAN = {"slice": str, "hours": (float, None), "fits": bool, "tokens?": (float, None), "basis?": (str, None),
+         "workload?": str}  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    tree = plain.json_file(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a JSON object")
     return tree
@@ -290,4 +290,4 @@ def fastest(
 
 
 def _positive(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return plain.number(value) and value > 0

@@ -1,14 +1,12 @@
 """A workload file: what is to be trained or served, from which `choose` finds the accelerators; read and checked."""
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import find
 from gemma_tpu.errors import UserError
 
@@ -79,17 +77,14 @@ DEFAULTS = {one.name: one.default for kind in KINDS.values() for one in fields(k
 def load(name: str) -> Training | Serving:
     """The workload of a file, the user's or a shipped one; or everything that is wrong with it."""
     path = find(FOLDER, name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    tree = plain.yaml_file(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a workload is a mapping of keys like `kind: serving`; see {_shipped()}")
     given = {key: _number(value) if key in (*WHOLE, *NUMBERS) else value for key, value in tree.items()}
     problems = list(_problems(given))
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise UserError("\n  ".join([f"{path}: {count}", *problems]))
+        raise UserError(f"{path}: {count}\n  " + plain.first(problems, between="\n  "))
     return of(given)
 
 
@@ -118,9 +113,10 @@ def _problems(given: dict[str, Any]) -> Iterator[str]:
     for key, value in given.items():
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, 1)
-            yield f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"
+            yield f"{plain.below('', key)}: unknown key; {meant}"
         elif problem := _problem(key, value):
-            yield f"{key} = {value!r}: {problem}"
+            yield f"{key} = {plain.shown(value)}: {problem}"
     for key in ("kind", "model"):
         if key not in given:
             yield f"{key}: is missing"
@@ -139,7 +135,7 @@ def _problems(given: dict[str, Any]) -> Iterator[str]:
         if isinstance(most, int | float) and (given.get("row_tokens") or 0) > most:
             yield f"row_tokens = {given['row_tokens']:g}: the mean row must not be longer than max_seq_len = {most:g}"
     if given.get("where") == "on-premises" and given.get("pay", "own") != "own":
-        yield f"pay = {given['pay']!r}: what stands on your premises is paid as `own`"
+        yield f"pay = {plain.shown(given['pay'])}: what stands on your premises is paid as `own`"
     if given.get("pay") == "own" and given.get("where", "any") == "google-cloud":
         yield "pay = 'own': nothing in Google Cloud is your own"
 
@@ -153,7 +149,7 @@ def _problem(key: str, value: Any) -> str | None:
         return None if value in WORDS[key] else f"must be {' or '.join(WORDS[key])}{meant}"
     if key in OTHER:
         return None if OTHER[key][1](value) else f"must be {OTHER[key][0]}"
-    number = type(value) in (int, float) and math.isfinite(value) and value > 0
+    number = plain.number(value) and value > 0
     if key in WHOLE and number and value != int(value):
         number = False
     return None if number else f"must be {'a whole' if key in WHOLE else 'a'} number above 0"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 from gemma_tpu.costs import cost
 from gemma_tpu.costs.cost import Serving, Side, Training
@@ -60,7 +59,7 @@ class Cell:
 
 @cache
 def data() -> Mapping[str, Any]:
-    tree: dict[str, Any] = yaml.safe_load(resolve("bundled:paper.yaml").read_text(encoding="utf-8"))
+    tree: dict[str, Any] = plain.yaml_file(resolve("bundled:paper.yaml"))
     return tree
 
 

@@ -144,7 +144,7 @@ def _pairs(record: Record, form: str, tools: list[Tool] | None, said: Counter[st
     messages = [_turn("system", record["system"], "'system'")] if record.get("system") is not None else []
     if form == "alpaca":
         history = record.get("history") or []
-        for pair in history if isinstance(history, list) else [history]:
+        for pair in history if isinstance(history, list | tuple) else [history]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RowFault("wrong_format", "'history' is not a list of [question, answer]")
             messages += [_turn("user", pair[0], "'history'"), _turn("assistant", pair[1], "'history'")]

@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_tpu.data.datafiles import HUB, DataFile
 from gemma_tpu.errors import UserError
-from gemma_tpu.storage.retry import explain
+from gemma_tpu.storage.retry import explain, told
 
 BATCH = 256  # rows of a Parquet file that are held at a time
 BLOCK = 1 << 20  # bytes of a JSON array that are read at a time
@@ -40,7 +40,7 @@ def records(file: DataFile) -> Iterator[Placed]:
     try:
         yield from _READERS[file.kind](file)
     except (EOFError, OSError, zlib.error) as error:  # gzip raises all three on a damaged file
-        raise UserError(f"{file.where}: cannot be read: {explain(error)}") from None
+        raise UserError(f"{file.where}: cannot be read: {told(error) or 'it is damaged'}") from None
 
 
 def _jsonl(file: DataFile) -> Iterator[Placed]:
@@ -75,7 +75,7 @@ def _json(file: DataFile) -> Iterator[Placed]:
     one = next(lines)
     second = next(lines, None)
     if second is None and (wrapped := _wrapped(json.loads(first))) is not None:
-        yield from enumerate(wrapped, start=1)
+        yield from enumerate(map(_item, wrapped), start=1)
         return
     yield from itertools.chain([one], [second] if second else [], lines)
 
@@ -192,7 +192,7 @@ def _parquet(file: DataFile) -> Iterator[Placed]:
                     number += 1
                     yield number, {name: value for name, value in row.items() if value is not None}
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{file.where}: not a readable Parquet file: {explain(error)}") from None
+        raise UserError(f"{file.where}: not a readable Parquet file: {told(error)}") from None
 
 
 def _hub(file: DataFile) -> Iterator[Placed]:

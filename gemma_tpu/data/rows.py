@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.data import formats, transforms
 from gemma_tpu.data.datafiles import DataFile, expand
 from gemma_tpu.data.formats import Conversation, Message, Parsed, Preference, RowDropped, RowFault, Text
@@ -34,7 +35,7 @@ class Tally:
         self.counts[reason] += times
         places = self.places.setdefault(reason, [])
         if place and len(places) < SHOWN:
-            places.append((place, detail))
+            places.append((place, plain.cut(detail, 300)))
 
     def merge(self, other: "Tally") -> None:
         self.counts += other.counts
@@ -319,11 +320,24 @@ def parse(raw: Raw) -> dict[str, Any]:
         array = raw.lstrip()[:1] == b"["
         hint = "; a .jsonl file holds one JSON object a line, an array is a .json file" if array else ""
         raise RowFault("not_JSON", f"column {error.colno}: {error.msg}{hint}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number with thousands of digits
+    except RecursionError:
+        raise RowFault("not_JSON", "nested too deep") from None
+    except ValueError as error:  # a number with thousands of digits
         raise RowFault("not_JSON", str(error)) from None
+    if raw.count(b"{") + raw.count(b"[") > plain.DEPTH:  # counting costs nothing beside the parsing
+        _check_depth(record)
     if not isinstance(record, dict):
         raise RowFault("not_JSON", f"it is a JSON {type(record).__name__}, not an object")
     return record
+
+
+def _check_depth(record: object) -> None:
+    """Whoever reads a row recurses into it, and templates do it in ways of their own."""
+    try:
+        for _ in plain.levels(record):
+            pass
+    except ValueError as error:
+        raise RowFault("not_JSON", str(error)) from None
 
 
 def _spoken(messages: list[Message], said: Counter[str]) -> list[Message]:

@@ -9,11 +9,13 @@ first of the answer could merge into one that serving never produces.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gemma_tpu import plain
 from gemma_tpu.data import template
 from gemma_tpu.data.template import ASSISTANT, REASONING, Messages, Outline, Slot, Words, common_prefix, place, short
 from gemma_tpu.errors import UserError
@@ -214,8 +216,10 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt, **options,
             )  # fmt: skip
             return text
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:  # a template can raise all four
-            raise UserError(f"{self.folder}: the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is a program of somebody's, in a sandbox, and can fail in every way
+            told = plain.cut(" ".join(str(error).split()), 400) or "it does not say why"
+            how = "refuses" if isinstance(error, TemplateError) else "breaks on"
+            raise UserError(f"{self.folder}: the chat template {how} the conversation: {told}") from error
 
     def _bos_once(self, ids: list[int]) -> list[int]:
         if self.bos_id is None or ids[:1] == [self.bos_id]:
@@ -232,10 +236,15 @@ class Tokenizer:
 
     def _stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generation: as generation_config.json has them, else EOS and end of turn."""
-        declared = _read_json(self.folder / "generation_config.json").get("eos_token_id")
-        if isinstance(declared, int):
-            return (declared,)
+        file = self.folder / "generation_config.json"
+        found = plain.require(_read_json(file), {"eos_token_id?": (int, [int], None)}, str(file))
+        declared = found.get("eos_token_id")
+        declared = [declared] if isinstance(declared, int) else declared or []
         if declared:
+            wrong = [number for number in declared if not 0 <= number < self.vocab_size]
+            if wrong:
+                told = plain.first(map(str, wrong), 5)
+                raise UserError(f"{file}: eos_token_id has {told}; this tokenizer's ids are below {self.vocab_size}")
             return tuple(declared)
         named = _read_json(self.folder / "tokenizer_config.json").get("eot_token")
         turns = [self._backend.token_to_id(text) for text in (named, *END_OF_TURN) if isinstance(text, str)]
@@ -246,8 +255,9 @@ class Tokenizer:
         added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()
                  if token.special or number in self.stop_ids}  # fmt: skip
         config = _read_json(self.folder / "tokenizer_config.json")
-        named: tuple[str, str] = (config.get("str_token", ""), config.get("etr_token", ""))
-        response = next((pair for pair in (named, RESPONSE) if all(text in added for text in pair)), None)
+        named = (config.get("str_token"), config.get("etr_token"))
+        response = next((pair for pair in (named, RESPONSE)
+                         if all(isinstance(text, str) and text in added for text in pair)), None)  # fmt: skip
         return Words(added, self.stop_ids, response)
 
 
@@ -258,19 +268,18 @@ def _load(folder: Path) -> Any:
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a corrupt file
-        file = folder / "tokenizer.json"
-        raise UserError(f"{file}: not a readable tokenizer ({error}); copy it anew") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises bare Exception on a corrupt file, and panics past Exception
+        file, told = folder / "tokenizer.json", re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(str(error).split()))[:300]
+        raise UserError(f"{file}: not a readable tokenizer ({told}); copy it anew, with its config") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it anew from the checkpoint") from error
+    found: dict[str, Any] = plain.require(plain.json_file(path), {str: object}, str(path))
+    return found
 
 
 def _check_messages(messages: Messages) -> None:

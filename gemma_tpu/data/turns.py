@@ -9,12 +9,14 @@ import json
 from collections import Counter
 from typing import Any
 
+from gemma_tpu import plain
+
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "developer": "system", "human": "user", "model": "assistant", "gpt": "assistant", "function": "tool",
 }  # fmt: skip
 SHARE = ROLES | {"bot": "assistant", "chatgpt": "assistant", "observation": "tool", "function_call": "function_call"}
 READ = {"role", "content", "weight", "tool_calls", "tool_call_id", "name", "reasoning", "reasoning_content"}
-PLAIN = {"text", "input_text", "output_text"}
+PLAIN = ("text", "input_text", "output_text")  # no set: a type from a file need not hash
 
 Message = dict[str, Any]
 
@@ -87,9 +89,14 @@ def text_of(content: object, what: str) -> str:
 
 def as_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = json.loads(text)
+        for _ in plain.levels(found):
+            pass
+    except RecursionError:
+        raise RowFault("not_JSON", f"{what} is not JSON: nested too deep") from None
+    except (ValueError, TypeError) as error:
         raise RowFault("not_JSON", f"{what} is not JSON: {error}") from None
+    return found
 
 
 def _read_turn(turn: object, what: str, said: Counter[str]) -> list[Message]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import stats
 from gemma_tpu.evaluation.samples import Sample
@@ -30,25 +31,19 @@ class Row:
 
 def read(file: Path) -> list[Row]:
     """Every row; all faults in one error."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
     rows, faults, names = [], [], set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(plain.text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = _row(json.loads(line), number)
+            row = _row(plain.json_value(line), number)
         except json.JSONDecodeError as error:
             faults.append(f"line {number}: not JSON ({error.msg})")
         except ValueError as error:
             faults.append(f"line {number}: {error}")
         else:
             if row.name in names:
-                faults.append(f"line {number}: the id {row.name!r} is there twice")
+                faults.append(f"line {number}: the id {plain.shown(row.name)} is there twice")
             names.add(row.name)
             rows.append(row)
     if faults or not rows:

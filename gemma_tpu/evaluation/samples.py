@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 
 Key = tuple[str, int]
@@ -62,14 +63,14 @@ class Store:
 
     def _settings(self, file: Path, settings: dict[str, Any]) -> None:
         if file.exists():
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = plain.require(plain.json_file(file), {str: object}, str(file))
             changed = [
-                f"{key}: {stored.get(key)!r} there, {settings.get(key)!r} now"
+                f"{plain.below('', key)}: {plain.shown(stored.get(key))} there, {plain.shown(settings.get(key))} now"
                 for key in sorted({*stored, *settings}) if stored.get(key) != settings.get(key)
             ]  # fmt: skip
             if changed:
                 raise UserError(
-                    f"{file.parent} holds samples of another evaluation:\n  " + "\n  ".join(changed)
+                    f"{file.parent} holds samples of another evaluation:\n  " + plain.first(changed, between="\n  ")
                     + "\ngive another --out, or the same settings to go on with that one"
                 )  # fmt: skip
             return
@@ -92,22 +93,16 @@ def read(path: Path, problems: Iterable[str] | None = None) -> list[Sample]:
     known = None if problems is None else set(problems)
     found: dict[Key, Sample] = {}
     faults: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(plain.text(path).split("\n"), 1):
         if not line.strip():
             continue
         fault, sample = _parse(line)
         if sample is None:
             pass
         elif known is not None and sample.problem not in known:
-            fault = f"no problem is called {sample.problem!r}"
+            fault = f"no problem is called {plain.shown(sample.problem)}"
         elif sample.key in found:
-            fault = f"sample {sample.sample} of {sample.problem} is there twice"
+            fault = f"sample {sample.sample} of {plain.cut(sample.problem)} is there twice"
         else:
             found[sample.key] = sample
         if fault:
@@ -120,9 +115,9 @@ def read(path: Path, problems: Iterable[str] | None = None) -> list[Sample]:
 
 def _parse(line: str) -> tuple[str, Sample | None]:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg})", None
+        entry = plain.json_value(line)
+    except ValueError as error:
+        return f"not JSON ({error})", None
     types = {"problem": str, "sample": int, "completion": str}
     wrong = [
         f"{key} must be {kind.__name__}"

@@ -1,11 +1,11 @@
 """What an evaluation found: passes, intervals, failure classes with examples; two of them side by side."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import stats
 from gemma_tpu.evaluation.samples import Sample
@@ -149,7 +149,7 @@ def compare(first: Card, second: Card, names: tuple[str, str]) -> Card:
         apart = sorted(left.keys() ^ right.keys())
         raise UserError(
             f"{names[0]} and {names[1]} are not of the same problems: {len(apart)} are in one alone, "
-            f"e.g. {', '.join(apart[:3])}"
+            f"e.g. {', '.join(map(plain.cut, apart[:3]))}"
         )
     order = list(left)
     found = stats.paired([left[name] for name in order], [right[name] for name in order])
@@ -173,11 +173,14 @@ def read(path: Path) -> Card:
             raise UserError(f"{path}: holds {len(held)} results of evaluations; name one file:{places}".rstrip(":"))
         file = held[0]
     try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        entry = plain.json_value(plain.text(file))
+    except ValueError:
         entry = None
     if not isinstance(entry, dict) or not isinstance(entry.get("per_problem"), dict) or not entry["per_problem"]:
         raise UserError(f"{file}: is no results file of `gemma-tpu eval` (results.json, eval_tiny.json)")
+    plain.require(entry, {"per_problem": {str: {"passed": int, "samples": int, "score?": float}}}, str(file))
+    wrong = [name for name, row in entry["per_problem"].items() if not 0 <= row["passed"] <= row["samples"] > 0]
+    if wrong:
+        named = plain.first(map(plain.shown, wrong), 5)
+        raise UserError(f"{file}: passed must be from 0 to samples, and is not for {named}")
     return entry

@@ -6,7 +6,6 @@ simulation reaches the simulator through a pipe (no file to read the secret from
 itself (hierarchical names, force, file and system tasks, include) is refused before it is compiled.
 """
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import sandbox, verilog_code
 
@@ -89,13 +89,13 @@ def load_problems(path: str | Path) -> list[Problem]:
     known: dict[str, type] = get_type_hints(Problem)
     required = set(known) - {"exact_ports", "header", "unscorable"}
     problems, faults = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(plain.text(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number}: not JSON ({error.msg})")
+            entry = plain.json_value(line)
+        except ValueError as error:
+            faults.append(f"line {number}: not JSON ({error})")
             continue
         if not isinstance(entry, dict):
             faults.append(f"line {number}: not an object")

@@ -6,7 +6,9 @@ a design that declares `tb` reaches its own `tb` and nobody else's.
 """
 
 import re
+from collections.abc import Mapping
 
+LONGEST_INDEX = 500  # tokens of one index in a hierarchical name
 SYSTEM_CALLS = frozenset(
     "$signed $unsigned $clog2 $bits $size $high $low $countones $onehot $onehot0 $isunknown $pow $floor "
     "$ceil $rtoi $itor $display $write $strobe $monitor $time $stime $realtime $random $urandom "
@@ -15,6 +17,7 @@ SYSTEM_CALLS = frozenset(
 REACHING_KEYWORDS = frozenset("force release bind defparam".split())
 TOKEN = re.compile(
     r"""(?P<comment>//[^\n]*|/\*.*?\*/)
+    | (?P<open>/\*.*)
     | (?P<string>"(?:\\[^\n]|[^"\\\n])*")
     | (?P<name>\\\S+|[A-Za-z_][\w$]*)
     | (?P<system>\$[\w$]*)
@@ -35,7 +38,7 @@ TIMESCALE = re.compile(
 NO_TIMESCALE = "`timescale 1s/1s"  # what the simulator takes where nothing is said
 FENCE = re.compile(r"```[ \t]*(?:verilog|systemverilog|sv|v)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 MARKED = re.compile(r"\[BEGIN\](.*?)(?:\[DONE\]|\Z)", re.DOTALL)  # as verilog-eval's own prompt asks for it
-MODULES = re.compile(r"^[ \t]*module\b.*\bendmodule\b", re.DOTALL | re.MULTILINE)
+MODULE, MODULE_END = re.compile(r"^[ \t]*module\b", re.MULTILINE), re.compile(r"\bendmodule\b")
 BODY_END = re.compile(r"^.*?\bendmodule\b", re.DOTALL)
 
 
@@ -44,17 +47,25 @@ def extract_code(text: str, header: str = "") -> str | None:
 
     Where the prompt already gave the module's `header`, a completion without a module goes on from there.
     """
-    marked: list[str] = [block for block in MARKED.findall(text) if header or MODULES.search(block)]
+    marked: list[str] = [block for block in MARKED.findall(text) if header or _modules(block)]
     fences: list[str] = FENCE.findall(marked[0] if marked else text)
     for block in [*fences, *marked]:
-        if MODULES.search(block):
+        if _modules(block):
             return block
-    if found := MODULES.search(text):
-        return found.group(0)
+    if found := _modules(text):
+        return found
     if not header:
         return None
     body = BODY_END.search([*fences, *marked, text][0])
     return f"{header.rstrip()}\n{body.group(0)}\n" if body else None
+
+
+def _modules(text: str) -> str | None:
+    """From the first line that begins a module to the last end of one. As one pattern this would begin anew at every
+    line that says `module`: a model that repeats the word would take minutes to read."""
+    start = MODULE.search(text)
+    ends = [found.end() for found in MODULE_END.finditer(text, start.end())] if start else []
+    return text[start.start() : ends[-1]] if start and ends else None
 
 
 def tokens(code: str) -> list[tuple[str, str]]:
@@ -102,19 +113,19 @@ def used(code: str, top: str) -> str:
 def attack_in(code: str) -> str | None:
     """Why a bare design is refused, or None."""
     stream = [("other", ";"), *tokens(code), ("other", ";")]
-    own = _declared(stream)
+    own, roots = _declared(stream), {}
     for at, (kind, text) in enumerate(stream[1:-1], 1):
         before, (after_kind, after) = stream[at - 1][1], stream[at + 1]
         if kind == "system" and text not in SYSTEM_CALLS:
             return f"system task or function {text}"
         if kind == "directive":
             return f"compiler directive {text}"
-        if text == '"' or (text == "/" and after == "*"):
+        if text == '"' or kind == "open":
             return "a string or comment without an end"
         if kind == "name" and text in REACHING_KEYWORDS:
             return f"keyword {text}"
         if text == "." and not (before in ("(", ",") and (after_kind == "name" or after == "*")):
-            root = _root(stream, at)
+            root = roots[at] = _root(stream, at, roots)
             if after_kind != "name" or root not in own:
                 return f"hierarchical name: {root or before}.{after}"
     return None
@@ -130,16 +141,19 @@ def _declared(stream: list[tuple[str, str]]) -> set[str]:
     return found
 
 
-def _root(stream: list[tuple[str, str]], at: int) -> str | None:
-    """The first part of the name whose dot stands at `at`: `a` in a[3].b.c."""
+def _root(stream: list[tuple[str, str]], at: int, roots: Mapping[int, str | None]) -> str | None:
+    """The first part of the name whose dot stands at `at`: `a` in a[3].b.c. `roots`: of the dots before this one."""
+    end = max(0, at - LONGEST_INDEX)
     while True:
         at -= 1
         depth = 0
-        while at > 0 and (stream[at][1] == "]" or depth):  # an index
+        while at > end and (stream[at][1] == "]" or depth):  # an index
             depth += {"]": 1, "[": -1}.get(stream[at][1], 0)
             at -= 1
-        if stream[at][0] != "name":
+        if depth or stream[at][0] != "name":
             return None
         if stream[at - 1][1] != ".":
             return stream[at][1]
         at -= 1
+        if at in roots:
+            return roots[at]

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import sandbox, verilog
 from gemma_tpu.evaluation.verilog_code import TOKEN, tokens
@@ -65,7 +66,7 @@ def load(clone: str | Path, task: str = TASKS[0]) -> list[EvalProblem]:
         raise UserError(f"{folder}: {'lacks ' + ', '.join(missing) if missing else 'holds no Prob*_prompt.txt'}")
     problems, faults = [], []
     for name in names:
-        text = {end: (folder / (name + end)).read_text(encoding="utf-8") for end in ("_prompt.txt", *needed)}
+        text = {end: plain.text(folder / (name + end)) for end in ("_prompt.txt", *needed)}
         try:
             bench = template(text["_test.sv"])
         except ValueError as error:

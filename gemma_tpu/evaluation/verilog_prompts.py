@@ -7,6 +7,7 @@ for 1 to 4 shots are read from the clone.
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation.answering import Draw, Question
 from gemma_tpu.evaluation.verilog_eval import FETCH, TASKS, TOP, EvalProblem
@@ -83,13 +84,15 @@ def examples(clone: str | Path | None, task: str, shots: int) -> str:
     places = [Path(clone or ".") / "scripts" / name, Path(clone or ".") / name]
     for path in places:
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return plain.text(path)
     raise UserError(f"--shots {shots} needs {places[0]}, which is missing; fetch the whole benchmark by: {FETCH}")
 
 
 def _form(path: Path) -> str:
     try:
         form = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--style {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         known = " nor ".join(STYLES)
         raise UserError(f"--style {path}: neither {known}, and cannot be read: {error.strerror}") from None

@@ -4,10 +4,12 @@ A published config leaves out what equals the reference's default, so each famil
 `tests/test_architectures.py` holds them against the installed transformers.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma.variants import Architecture, Experts, Layer, Rope
 
@@ -74,17 +76,20 @@ PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
 def from_config(config: Mapping[str, Any]) -> Architecture:
     """The text tower that a checkpoint's config.json describes."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    kind = config.get("model_type", "")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(FAMILIES)
-        raise UserError(f"config.json: model_type is {config.get('model_type')!r}; this version implements: {known}")
+        said = plain.shown(config.get("model_type"))
+        raise UserError(f"config.json: model_type is {said}; this version implements: {known}")
     given = config.get("text_config") if family.multimodal else config
     if not isinstance(given, Mapping):
         raise UserError(f"config.json: model_type {family.name!r} needs a text_config object")
+    plain.require(given, _FORM, "config.json")
     text = {**family.defaults, **{key: value for key, value in given.items() if value is not None}}
     fixed = _FIXED | ({"use_bidirectional_attention": (False,)} if family.is_gemma3 else {})
     problems = [
-        f"{key} is {text[key]!r}; only {allowed[0]!r} is implemented"
+        f"{key} is {plain.shown(text[key])}; only {allowed[0]!r} is implemented"
         for key, allowed in fixed.items()
         if text[key] not in allowed
     ]
@@ -109,6 +114,21 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     )  # fmt: skip
 
 
+_MOST = 1 << 31  # of any count: what is above it was never a model
+_ROPE = {
+    "rope_type?": (str, None), "type?": (str, None), "rope_theta?": (float, None), "factor?": (float, None),
+    "partial_rotary_factor?": (float, None),
+}  # fmt: skip
+_FORM = {  # of what is not checked one by one below
+    "rms_norm_eps?": (float, None), "final_logit_softcapping?": (float, None), "query_pre_attn_scalar?": (float, None),
+    "rope_theta?": (float, None), "rope_local_base_freq?": (float, None), "rope_scaling?": (_ROPE, None),
+    "rope_parameters?": ({"sliding_attention?": (_ROPE, None), "full_attention?": (_ROPE, None)}, None),
+    "per_layer_config?": ({str: {"head_dim?": int, "num_key_value_heads?": int}}, None),
+    "global_head_dim?": (int, None), "num_global_key_value_heads?": (int, None), "num_kv_shared_layers?": (int, None),
+    "hidden_size_per_layer_input?": (int, None), "vocab_size_per_layer_input?": (int, None),
+    "sliding_window_pattern?": (int, None), "_sliding_window_pattern?": (int, None),
+    "attention_k_eq_v?": (bool, None), "use_double_wide_mlp?": (bool, None), "enable_moe_block?": (bool, None),
+}  # fmt: skip
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
@@ -119,10 +139,20 @@ _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 
 def _wrong_numbers(text: Text) -> list[str]:
     wrong = [
-        f"{key} is {text.get(key)!r}; it must be a positive integer"
+        f"{key} is {plain.shown(text.get(key))}; it must be a positive integer"
         for key in (*_COUNTS, *(_EXPERTS if text.get("enable_moe_block") else ()))
-        if not isinstance(text.get(key), int) or isinstance(text.get(key), bool) or text[key] < 1
+        if not isinstance(text.get(key), int) or isinstance(text.get(key), bool) or not 1 <= text[key] < _MOST
     ]
+    if not wrong and text["num_hidden_layers"] > 1000:
+        wrong.append(f"num_hidden_layers is {text['num_hidden_layers']}; at most 1000 can be meant")
+    for key in ("sliding_window_pattern", "_sliding_window_pattern", "global_head_dim", "num_global_key_value_heads"):
+        if text.get(key) is not None and not 1 <= text[key] < _MOST:
+            wrong.append(f"{key} is {text[key]}; it must be a positive integer")
+    for key in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
+        if not 0 <= text[key] < _MOST:
+            wrong.append(f"{key} is {text[key]}; it must not be negative")
+    if not text.get("query_pre_attn_scalar", 1) > 0:
+        wrong.append(f"query_pre_attn_scalar is {text['query_pre_attn_scalar']}; it must be above 0")
     shared = text.get("num_kv_shared_layers", 0)
     if not wrong and not 0 <= shared < text["num_hidden_layers"]:
         wrong.append(f"num_kv_shared_layers is {shared}; it must be less than num_hidden_layers")
@@ -131,8 +161,12 @@ def _wrong_numbers(text: Text) -> list[str]:
 
 def _wrong_overrides(text: Text) -> list[str]:
     """What differs for a single layer, and is nothing that a layer can have of its own here."""
+    numbers = [number for number in text.get("per_layer_config") or {} if not re.fullmatch(r"[0-9]{1,4}", number)]
+    if numbers:
+        return [f"per_layer_config holds {plain.first(map(plain.shown, numbers), 5)}; its keys are numbers of layers"]
     return [
-        f"per_layer_config.{number}.{key} is {value!r}; a layer may have its own {' and '.join(_PER_LAYER)} only"
+        f"{plain.below(f'per_layer_config.{number}', key)} is {plain.shown(value)}; a layer may have its own "
+        f"{' and '.join(_PER_LAYER)} only"
         for number, layer in (text.get("per_layer_config") or {}).items()
         for key, value in layer.items()
         if key not in _PER_LAYER and value != text.get(key)
@@ -157,11 +191,12 @@ def _layer_kinds(text: Text) -> list[str]:
         pattern = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6))
         return [KINDS[(index + 1) % pattern == 0] for index in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:
-        told = f"{len(kinds)} entries" if isinstance(kinds, list) else repr(kinds)
+        told = f"{len(kinds)} entries" if isinstance(kinds, list) else plain.shown(kinds)
         raise UserError(f"config.json: layer_types has {told} for num_hidden_layers {count}")
-    unknown = sorted({str(kind) for kind in kinds} - set(KINDS))
+    unknown = sorted({str(kind) for kind in kinds if kind not in KINDS})
     if unknown:
-        raise UserError(f"config.json: layer_types holds {', '.join(unknown)}; known: {', '.join(KINDS)}")
+        named = plain.first(map(plain.cut, unknown), 5)
+        raise UserError(f"config.json: layer_types holds {named}; known: {', '.join(KINDS)}")
     return list(kinds)
 
 
@@ -206,10 +241,12 @@ def _ropes(text: Text, family: Family) -> dict[str, Rope]:
 def _rope(entry: Any, kind: str, theta: float) -> Rope:
     if not isinstance(entry, Mapping):
         raise UserError(f"config.json: rope_parameters has no entry for {kind}")
+    entry = {key: value for key, value in entry.items() if value is not None}
     rope_type = entry.get("rope_type", entry.get("type", "default"))
     if rope_type not in ("default", "proportional", "linear"):
         raise UserError(
-            f"config.json: rope_parameters.{kind}.rope_type is {rope_type!r}; known: default, proportional, linear"
+            f"config.json: rope_parameters.{kind}.rope_type is {plain.shown(rope_type)}; known: default, proportional, "
+            "linear"
         )
     return Rope(
         theta=float(entry.get("rope_theta", theta)),

@@ -3,14 +3,15 @@
 Nothing in it depends on the moment or the place: the same checkpoint gives the same card.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gemma_tpu.run import metrics
+from gemma_tpu import plain
+from gemma_tpu.errors import UserError
+from gemma_tpu.run import metrics, runs
 from gemma_tpu.storage.shards import Checkpoint
 
 CARD, NOTICE = "README.md", "NOTICE"
@@ -30,17 +31,17 @@ def files(base: Checkpoint, about: dict[str, Any], tensors_changed: int) -> dict
 
 def of_run(run: Path, step: int, record: dict[str, Any]) -> dict[str, Any]:
     """What a run folder knows of one of its checkpoints."""
-    journal = run / "metrics.jsonl"
-    steps = [row for row in metrics.read(journal) if row["step"] <= step] if journal.exists() else []
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    steps = [row for row in metrics.read(run / "metrics.jsonl", metrics.STEPS) if row["step"] <= step]
+    summary = runs.read_summary(runs.RunFolder(run))
     figures = {"updates": step}
     if steps:
-        figures |= {"last training loss": round(steps[-1]["loss"], 4),
-                    "tokens trained on": sum(row["tokens"] for row in steps),
+        if steps[-1]["loss"] is not None:
+            figures["last training loss"] = round(steps[-1]["loss"], 4)
+        figures |= {"tokens trained on": sum(row["tokens"] for row in steps),
                     "of them in the loss": sum(row["target_tokens"] for row in steps)}  # fmt: skip
     if summary.get("steps") == step:
         figures |= {f"held-out loss after {at} updates": round(loss, 4)
-                    for at, loss in summary.get("held_out_loss", {}).items()}  # fmt: skip
+                    for at, loss in summary.get("held_out_loss", {}).items() if plain.number(loss)}  # fmt: skip
     rows = record.get("rows") or {}
     data = {"rows read": rows.get("read"), "rows trained on": rows.get("kept"), **(
         {f"rows dropped: {reason}": count for reason, count in (rows.get("dropped") or {}).items()})}  # fmt: skip
@@ -55,8 +56,8 @@ def licence_of(base: Checkpoint) -> str | None:
     front = re.match(r"---\n(.*?)\n---\n", readme.read_text(errors="replace"), re.S) if readme.is_file() else None
     if front is not None:
         try:
-            said = yaml.safe_load(front[1])
-        except yaml.YAMLError:
+            said = plain.from_yaml(front[1], str(readme))
+        except UserError:
             said = None
         licence = said.get("license") if isinstance(said, dict) else None
         if isinstance(licence, str):

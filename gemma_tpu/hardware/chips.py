@@ -14,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 from gemma_tpu.errors import UserError
 
@@ -152,7 +151,7 @@ def of_devices(device_kind: str, count: int) -> Slice | None:
 
 def _unknown(name: str, wanted: str) -> str:
     every = slices()
-    counted = re.fullmatch(r"(.*)[-:x](\d+)", wanted, re.DOTALL)
+    counted = re.fullmatch(r"(.*)[-:x](\d{1,9})", wanted, re.DOTALL)
     chip, count = (counted[1], int(counted[2])) if counted else (wanted, 0)
     same = [one for one in every if chip in (one.chip.name.lower(), *one.chip.aliases)]
     if same:
@@ -164,7 +163,7 @@ def _unknown(name: str, wanted: str) -> str:
         rule = "; ".join(_rule(one) for one in chips().values() if one.kind == "tpu")
     nearest = f"; nearest: {', '.join(map(str, near))}" if near else ""
     everything = "" if near else f"; there are: {', '.join(names())}"
-    return f"{name!r} is no slice that is known{nearest}{everything}\n{rule}"
+    return f"{plain.shown(name)} is no slice that is known{nearest}{everything}\n{rule}"
 
 
 def _rule(chip: Chip) -> str:
@@ -181,7 +180,7 @@ def _rule(chip: Chip) -> str:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return plain.number(value) and value > 0
 
 
 def _price(value: Any) -> bool:
@@ -202,7 +201,8 @@ def _words(value: Any) -> bool:
 
 
 def _topologies(value: Any) -> bool:
-    return _words(value) and bool(value) and all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", one) for one in value)
+    form = r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,3}"
+    return _words(value) and bool(value) and all(re.fullmatch(form, one) for one in value)
 
 
 # What a key of a chip must be: words for the error, and the check.
@@ -228,9 +228,9 @@ _GROUPS = {
 
 @cache
 def _chips(override: str) -> dict[str, Chip]:
-    table = _read(resolve("bundled:hardware.yaml"))["chips"]
+    table = plain.yaml_file(resolve("bundled:hardware.yaml"))["chips"]
     if override:
-        table = _merged(table, _read(Path(override).expanduser()), override)
+        table = _merged(table, plain.yaml_file(Path(override).expanduser(), f"{VARIABLE}={override}"), override)
     return {name: _chip(name, values) for name, values in table.items()}
 
 
@@ -240,20 +240,11 @@ def _chip(name: str, values: Mapping[str, Any]) -> Chip:
     return Chip(name=name, **{**values, **lists, "aliases": tuple(values["aliases"]), "sources": sources})
 
 
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{VARIABLE}={path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{VARIABLE}={path}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _merged(table: Mapping[str, Any], given: Any, file: str) -> dict[str, Any]:
     """The bundled table under the user's; everything that is wrong with the user's, at once."""
     problems = list(_problems(table, given))
     if problems:
-        raise UserError(f"{VARIABLE}={file}: these entries are wrong:\n  " + "\n  ".join(problems))
+        raise UserError(f"{VARIABLE}={file}: these entries are wrong:\n  " + plain.first(problems, between="\n  "))
     merged = {name: dict(values) for name, values in table.items()}
     for name, changes in given["chips"].items():
         chip = merged.setdefault(name, {"sources": {}})
@@ -270,8 +261,11 @@ def _problems(table: Mapping[str, Any], given: Any) -> Iterator[str]:
         return
     for key in given:
         if key != "chips":
-            yield f"{key}: unknown key; the only one at the top is chips"
+            yield f"{plain.below('', key)}: unknown key; the only one at the top is chips"
     for name, changes in given["chips"].items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,40}", name):
+            yield f"chips: {plain.shown(name)} is no name of a chip: letters, digits, - and _ alone"
+            continue
         if not isinstance(changes, dict):
             yield f"chips.{name}: must be a mapping of keys like usd"
             continue
@@ -286,12 +280,12 @@ def _chip_problems(name: str, changes: Mapping[str, Any]) -> Iterator[str]:
     for key, value in changes.items():
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, 1)
-            yield f"chips.{name}.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+            yield f"{plain.below(f'chips.{name}', key)}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
         elif not _KEYS[key][1](value):
-            yield f"chips.{name}.{key}: {value!r} must be {_KEYS[key][0]}"
+            yield f"chips.{name}.{key}: {plain.shown(value)} must be {_KEYS[key][0]}"
         elif key == "sources":
             for group, source in value.items():
                 if group not in _GROUPS:
-                    yield f"chips.{name}.sources.{group}: unknown; it is one of {', '.join(_GROUPS)}"
+                    yield f"{plain.below(f'chips.{name}.sources', group)}: unknown; it is one of {', '.join(_GROUPS)}"
                 elif not isinstance(source, dict) or set(source) != {"from", "date"}:
                     yield f"chips.{name}.sources.{group}: must be {{from: …, date: …}}"

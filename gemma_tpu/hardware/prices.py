@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import chips
@@ -193,15 +192,12 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
         near = difflib.get_close_matches(name, names(), 1, 0.4)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--prices {name}: no such file, and no bundled set ({', '.join(names())}){meant}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--prices {path}: cannot be read: {' '.join(str(error).split())}") from None
+    tree = plain.yaml_file(path, f"--prices {path}")
     if isinstance(tree, dict) and "over" not in tree and path != bundled:
         tree["over"] = DEFAULT  # a file of the user's says what differs, and no more
     problems = list(_problems(tree, bundled == path))
     if problems:
-        raise UserError(f"--prices {path}: these entries are wrong:\n  " + "\n  ".join(problems))
+        raise UserError(f"--prices {path}: these entries are wrong:\n  " + plain.first(problems, between="\n  "))
     return name, tree
 
 
@@ -214,7 +210,9 @@ def _problems(tree: Any, bundled: bool) -> Iterator[str]:
         return
     for key, section in tree.items():
         if key not in SECTIONS:
-            yield f"{key}: unknown key{_near(key, SECTIONS)}"
+            yield f"{plain.below('', key)}: unknown key{_near(key, SECTIONS)}"
+        elif key == "over" and not isinstance(section, str | None):
+            yield f"over: {plain.shown(section)} must be the name of a price set or a file"
         elif key != "over" and not isinstance(section or {}, dict):
             yield f"{key}: must be a mapping"
     known = {} if bundled else load().values
@@ -222,18 +220,19 @@ def _problems(tree: Any, bundled: bool) -> Iterator[str]:
         try:
             chips.find(str(name))
         except UserError as error:
-            yield f"machines.{name}: {str(error).splitlines()[0]}"
-        yield from _entry_problems(f"machines.{name}", one, MACHINE, ("usd_hour",))
+            yield f"{plain.below('machines', name)}: {str(error).splitlines()[0]}"
+        yield from _entry_problems(plain.below("machines", name), one, MACHINE, ("usd_hour",))
         spot = one.get("spot_usd_hour") if isinstance(one, dict) else None
         ends = spot if isinstance(spot, list) and len(spot) == 2 and all(map(_positive, spot)) else None
         if spot is not None and (ends is None or ends[0] > ends[1]):
-            yield f"machines.{name}.spot_usd_hour: {spot!r} must be [lowest, highest], numbers above 0"
+            named = plain.below("machines", name)
+            yield f"{named}.spot_usd_hour: {plain.shown(spot)} must be [lowest, highest], numbers above 0"
     for name, one in _entries(tree, "own"):
         if name not in chips.chips():
-            yield f"own.{name}: unknown chip{_near(name, chips.chips())}"
+            yield f"{plain.below('own', name)}: unknown chip{_near(name, chips.chips())}"
         elif chips.chips()[name].kind == "tpu":
             yield f"own.{name}: TPUs are rented, not sold"
-        yield from _entry_problems(f"own.{name}", one, OWN, ("usd", "watts"))
+        yield from _entry_problems(plain.below("own", name), one, OWN, ("usd", "watts"))
     for name, one in _entries(tree, "values"):
         yield from _value_problems(name, one, known)
 
@@ -249,26 +248,26 @@ def _entry_problems(name: str, one: Any, keys: Mapping[str, bool], numbers: Sequ
         return
     for key in one:
         if key not in keys:
-            yield f"{name}.{key}: unknown key{_near(key, keys)}"
+            yield f"{plain.below(name, key)}: unknown key{_near(key, keys)}"
     for key, must in keys.items():
         if must and key not in one:
             why = "; a figure without its source cannot be checked" if key in ("from", "date") else ""
             yield f"{name}.{key}: is missing{why}"
     for key in numbers:
         if key in one and not _positive(one[key]):
-            yield f"{name}.{key}: {one[key]!r} must be a number above 0"
+            yield f"{name}.{key}: {plain.shown(one[key])} must be a number above 0"
 
 
 def _value_problems(name: str, one: Any, known: Mapping[str, Value]) -> Iterator[str]:
     if known and name not in known:
-        yield f"{name}: unknown{_near(name, known)}"
+        yield f"{plain.below('', name)}: unknown{_near(name, known)}"
         return
     yield from _entry_problems(f"values.{name}", one, VALUE, ())
     value = one.get("value") if isinstance(one, dict) else None
     if value is None:
         return
     if not _positive(value) and not (name in MAY_BE_ZERO and value == 0 and type(value) in (int, float)):
-        yield f"{name}: {value!r} must be a number {'of at least' if name in MAY_BE_ZERO else 'above'} 0"
+        yield f"{name}: {plain.shown(value)} must be a number {'of at least' if name in MAY_BE_ZERO else 'above'} 0"
     elif name in SHARES and value > 1:
         yield f"{name}: {value!r} must be a share, from 0 to 1"
     elif name == "own.pue" and value < 1:
@@ -276,7 +275,7 @@ def _value_problems(name: str, one: Any, known: Mapping[str, Value]) -> Iterator
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return plain.number(value) and value > 0
 
 
 def _near(name: Any, known: Any) -> str:

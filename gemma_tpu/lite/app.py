@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
-from gemma_tpu.lite import requests
+from gemma_tpu.lite import patience, requests
 from gemma_tpu.lite.answers import Choice, Form, words_of
 from gemma_tpu.lite.batch import MOST_STOPS, Ask, Failed, Scores
 from gemma_tpu.lite.engine import Busy, Engine, NotReady
@@ -268,10 +268,15 @@ class Routes:
 
     async def _body(self, http: Http) -> bytes:
         most, found = self._served.limits.body, bytearray()
-        async for part in http.stream():
-            found += part
-            if len(found) > most:
-                raise Refused(f"the body has more than {most} bytes, which is the limit here", status=413)
+        try:
+            async with asyncio.timeout(patience.BODY_SECONDS):
+                async for part in http.stream():
+                    found += part
+                    if len(found) > most:
+                        raise Refused(f"the body has more than {most} bytes, which is the limit here", status=413)
+        except TimeoutError:
+            told = f"the body has not come within {patience.BODY_SECONDS:g} s, which is the limit here"
+            raise Refused(told, status=408) from None
         return bytes(found)
 
 

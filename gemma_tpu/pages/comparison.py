@@ -4,7 +4,6 @@ Nothing is taken on trust: rows, masks and learning rates are compared update by
 recipes/gpu_baseline, or of anything that writes the same keys, is a run like any other.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gemma_tpu import config
+from gemma_tpu import config, plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.pages.columns import table
 from gemma_tpu.run import metrics, runs
@@ -40,7 +39,8 @@ class Run:
 
     @property
     def devices(self) -> str:
-        return f"{self.summary['devices']} x {self.summary['device_kind']}" if "devices" in self.summary else "-"
+        count, kind = self.summary.get("devices"), self.summary.get("device_kind", "?")
+        return "-" if count is None else f"{count} x {kind}"
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
@@ -57,17 +57,14 @@ def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name the run_dir of a config that was trained")
     settings, file = runs.read_config(path), path / "metrics.jsonl"
-    try:
-        rows = metrics.read(file)
-        summary = path / "summary.json"
-        found = json.loads(summary.read_text()) if summary.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: its metrics.jsonl or summary.json cannot be read: {error}") from None
+    rows, found = metrics.read(file), runs.read_summary(runs.RunFolder(path))
     if not rows:
         raise UserError(f"{file}: is empty or not there; a comparison needs at least one update")
     missing = [key for key in NEEDED if key not in rows[0]]
     if missing:
         raise UserError(f"{file}: its rows have no {', '.join(missing)}; was it written by another program?")
+    for number, row in enumerate(rows, 1):
+        plain.require(row, metrics.STEPS, f"{file}: update {number}")
     return Run(name, settings, rows, found)
 
 

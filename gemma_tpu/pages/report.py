@@ -1,6 +1,5 @@
 """report.html of a run folder: what ran, its curves, throughput, memory, cost, samples before and after, warnings."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,11 +19,14 @@ Row = Mapping[str, Any]
 def write(run: RunFolder) -> Path:
     """Make the page of a run that is over, or of one that still goes on."""
     config = runs.read_config(run.path)
-    rows = metrics.read(run.metrics)
+    rows = metrics.read(run.metrics, metrics.STEPS)
     if not rows:
         raise UserError(f"{run.path}: metrics.jsonl is empty or not there; a report needs at least one step")
-    summary = json.loads(run.summary.read_text()) if run.summary.exists() else {}
-    held_out, samples, warnings = (metrics.read(path) for path in (run.held_out, run.samples, run.warnings))
+    summary = runs.read_summary(run)
+    held_out = [row for row in metrics.read(run.held_out, metrics.HELD_OUT)
+                if None not in (row["loss"], row["perplexity"])]
+    samples = metrics.read(run.samples, metrics.PREVIEWS)
+    warnings = metrics.read(run.warnings, metrics.WARNINGS)
     sections = [
         Section("", _facts(rows, summary, held_out)),
         Section("Loss", _loss(rows, held_out)),
@@ -59,7 +61,7 @@ def _facts(rows: Sequence[Row], summary: Row, held_out: Sequence[Row]) -> str:
         best = min(held_out, key=lambda row: row["loss"])
         found.append(("best held-out loss", _number(best["loss"]), f"step {best['step']}, perplexity "
                       f"{best['perplexity']:,.2f}", ""))  # fmt: skip
-    if summary:
+    if {"devices", "device_kind"} <= summary.keys():
         found.append(("devices", f"{summary['devices']} x {summary['device_kind']}",
                       f"{summary.get('hosts', 1)} host(s)", ""))  # fmt: skip
     if last.get("usd") is not None:

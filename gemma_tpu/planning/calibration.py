@@ -7,11 +7,11 @@ model of time does on the one program of which a measurement is published.
 import json
 import os
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import chips
 from gemma_tpu.hardware.chips import Slice
@@ -47,6 +47,10 @@ class Calibration:
             f"calibrated by {self.run} x{self.ratio:.2f} ({self.date}, {self.slice}: {self.measured_step_s:.4g} s an "
             f"update measured over {self.updates} updates, {self.predicted_step_s:.4g} s predicted)"
         )
+
+
+_FORM = {"chip": str, "basis": str, "ratio": float, "run": str, "slice": str, "measured_step_s": float,
+         "predicted_step_s": float, "updates": int, "date": str}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,17 @@ def _read() -> dict[tuple[str, str], Calibration]:
     path = file()
     if not path.exists():
         return {}
-    try:
-        rows = [Calibration(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        wrong = [one for one in rows if not (isinstance(one.ratio, int | float) and 0 < one.ratio < 100)]
-        if wrong:
-            raise ValueError(f"ratio {wrong[0].ratio!r} of {wrong[0].chip} is no number from 0 to 100")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a file of calibrations ({error}); remove it and calibrate again") from None
+    tree = plain.json_file(path)
+    problems = list(plain.faults(tree, [_FORM]))
+    known = {field.name for field in fields(Calibration)}
+    for row in tree if not problems else ():
+        problems += [f"{plain.below('', key)} is unknown" for key in row if key not in known]
+        if not 0 < row["ratio"] < 100:
+            problems.append(f"ratio {row['ratio']!r} of {row['chip']} is no number from 0 to 100")
+    if problems:
+        told = plain.first(problems, 5, "; ")
+        raise UserError(f"{path}: not a file of calibrations ({told}); remove it and calibrate again")
+    rows = [Calibration(**row) for row in tree]
     return {(one.chip, one.basis): one for one in rows}
 
 
@@ -106,20 +112,14 @@ def measure(run_dir: Path) -> Measured:
     """The median pace of a run after its warm-up, from metrics.jsonl; its devices from summary.json."""
     runs.read_config(run_dir)
     folder = runs.RunFolder(run_dir)
-    try:
-        rows: list[dict[str, Any]] = metrics.read(folder.metrics)[WARM_UP:]
-        rows = [row for row in rows if row["tokens_per_s"] > 0 and row["tokens"] > 0]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.metrics}: not the journal of a run ({type(error).__name__}: {error})") from None
+    rows = metrics.read(folder.metrics, metrics.PACE)[WARM_UP:]
+    rows = [row for row in rows if row["tokens_per_s"] > 0 and row["tokens"] > 0]
     if len(rows) < LEAST:
         raise UserError(
             f"{run_dir}: {len(rows)} updates after the first {WARM_UP}, and {LEAST} are needed for a median; "
             "calibrate with a longer run"
         )
-    try:
-        summary = json.loads(folder.summary.read_text()) if folder.summary.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{folder.summary}: not JSON ({error})") from None
+    summary = runs.read_summary(folder)
     device, count = summary.get("device_kind"), summary.get("devices")
     return Measured(
         run=run_dir,

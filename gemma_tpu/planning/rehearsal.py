@@ -181,7 +181,7 @@ def _room(config: Config, run: runs.RunFolder, short: Config) -> str:
 
 def _compare(config: Config, run: runs.RunFolder, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The planner's arithmetic beside the steps after the first two, which warm up."""
-    rows = metrics.read(run.metrics)
+    rows = metrics.read(run.metrics, metrics.STEPS)
     steps = [row["step_s"] for row in rows[2:]]
     if not steps:
         return {}

@@ -1,11 +1,11 @@
 """What a plan is about: the model by its path or its size alone, and the slice by whatever names it."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.gemma import hf_config, sizes
 from gemma_tpu.gemma.variants import Architecture
@@ -44,10 +44,7 @@ def find_model(path: str) -> Subject:
 
 
 def _read(path: str, folder: Path) -> Subject:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path {path}: its config.json cannot be read: {error}") from None
+    config = plain.json_file(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"model.path {path}: its config.json is no JSON object")
     return Subject(folder.name, config, hf_config.from_config(config), f"config.json of {path}")

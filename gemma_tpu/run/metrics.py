@@ -1,5 +1,6 @@
 """What a run leaves for people: metrics.jsonl, lines on the console or a progress bar, and the loss picture."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,9 +10,28 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu import plain
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+PACE = {"tokens": float, "tokens_per_s": float, "usd?": (float, None)}  # what tells how fast a run was
+_OF_STEPS = {
+    **PACE, "step": int, "loss": (float, None), "lr": (float, None), "grad_norm": (float, None), "target_tokens": float,
+    "step_s?": float, "skipped?": float,
+    **{f"{name}?": (float, None) for name in ("data_wait", "mfu", "memory_gib", "host_gib", "padding")},
+}  # fmt: skip
+STEPS: dict[str, Any] = _OF_STEPS  # metrics.jsonl
+HELD_OUT = {"step": int, "loss": (float, None), "perplexity": (float, None)}
+PREVIEWS = {"step": int, "prompt": str, "text": str}
+WARNINGS = {"step": int, "kind": str, "text": str}
+
+
+def read(path: Path, form: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of a journal; none where it is not there. A row of another form than `form` is named by its line."""
+    rows = []
+    for number, line in enumerate(plain.text(path).split("\n") if path.exists() else (), 1):
+        if line.strip():
+            row = plain.from_json(line, f"{path}: line {number}")
+            rows.append(plain.require(row, form or {}, f"{path}: line {number}"))
+    return rows
 
 
 class Journal:
@@ -67,11 +87,12 @@ def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
     """A killed run may leave half a line at the end: it belongs to a step that will run again."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    *lines, last = plain.text(path).split("\n")
+    with contextlib.suppress(ValueError):
+        lines += [last] if json.loads(last) else []
+    for number, line in enumerate(lines, 1):
+        row = plain.from_json(line, f"{path}: line {number}")
+        yield plain.require(row, {"step": int}, f"{path}: line {number}")
 
 
 class Progress:

@@ -4,8 +4,10 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_tpu import config as configs
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.schema import Config
 
@@ -89,6 +91,20 @@ def read_config(run_dir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{run_dir}: no config.yaml here; is it a run folder?")
     return configs.load(path)
+
+
+_SUMMARY = {
+    "steps?": int, "device_kind?": str, "devices?": int, "hosts?": int, "notes?": [str], "version?": (str, None),
+    "saving_share?": (float, None), "held_out_loss?": dict, "trainable_params?": (int, None),
+    "framework?": (str, None),
+}  # fmt: skip
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any]:
+    """Its totals; empty while the run goes on."""
+    if not folder.summary.exists():
+        return {}
+    return plain.require(plain.json_file(folder.summary), _SUMMARY, str(folder.summary))
 
 
 def is_run(path: Path) -> bool:

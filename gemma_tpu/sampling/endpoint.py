@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TextIO
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.sampling.asking import Asked, Wanted, Written, check_stop, cut
 from gemma_tpu.storage import retry
@@ -43,9 +44,12 @@ class Endpoint:
         self.model = model or self._only_model()
 
     def _only_model(self) -> str:
-        listed: list[str] = [one["id"] for one in self._ask("/models").get("data", [])]
+        found = self._ask("/models")
+        if next(plain.faults(found, {"data": [{"id": str}]}), None) is not None:
+            raise UserError(f"{self.url}/models: not the answer of an OpenAI-compatible server")
+        listed: list[str] = [one["id"] for one in found["data"]]
         if len(listed) != 1:
-            named = ", ".join(listed) or "none"
+            named = plain.first(map(plain.cut, listed)) or "none"
             raise UserError(f"{self.url} serves {named}: say which model to ask (--model NAME)")
         return listed[0]
 
@@ -131,18 +135,24 @@ class Endpoint:
         except http.client.IncompleteRead as error:
             raise ConnectionError("the answer ended early") from error
         try:
-            found = json.loads(text)
+            found = plain.json_value(text)
         except ValueError:
-            raise RunError(f"{self.url}{path}: the answer is no JSON: {text[:80]!r}") from None
+            raise RunError(f"{self.url}{path}: the answer is no JSON: {reason(text)[:80]!r}") from None
         if not isinstance(found, dict):
-            raise RunError(f"{self.url}{path}: the answer is no JSON object: {text[:80]!r}")
+            raise RunError(f"{self.url}{path}: the answer is no JSON object: {reason(text)[:80]!r}")
         return found
 
 
 def api(url: str) -> str:
     """Where the API of a server begins, its /v1 given or not."""
+    if plain.has_password(url):
+        raise UserError("the URL of the endpoint holds a name and a password, which would stand in every result: leave "
+                        "them out, and give a key by OPENAI_API_KEY")  # fmt: skip
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"{url}: an endpoint is a URL that begins with http:// or https://")
+        raise UserError(f"{plain.cut(url)}: an endpoint is a URL that begins with http:// or https://")
+    if "?" in url or "#" in url:
+        raise UserError(f"{url.partition('?')[0].partition('#')[0]}: an endpoint is a URL without ? and # and what "
+                        "follows them; give a key by OPENAI_API_KEY")  # fmt: skip
     base = url.rstrip("/")
     return base if base.endswith("/v1") else f"{base}/v1"
 
@@ -153,13 +163,18 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def reason(data: bytes) -> str:
-    """What a server says about an error."""
+    """What a server says about an error; should it repeat the key that it was asked with, without that."""
     text = data.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
-        said = json.loads(text)
+        said = plain.json_value(text)
         said = said.get("error", said)
         text = str(said.get("message", text)) if isinstance(said, dict) else str(said)
-    return " ".join(text.split())[:300]
+    return without_key(" ".join(text.split()))[:300]
+
+
+def without_key(text: str) -> str:
+    key = os.environ.get("OPENAI_API_KEY")
+    return text.replace(key, "…") if key else text
 
 
 def _read(answer: dict[str, Any], stop: Sequence[str]) -> Written:
@@ -169,12 +184,14 @@ def _read(answer: dict[str, Any], stop: Sequence[str]) -> Written:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         given = choice.get("logprobs") or {}
         listed = given.get("token_logprobs") or [one["logprob"] for one in given.get("content") or []]
+        if not isinstance(text or "", str) or not all(map(plain.number, listed)):
+            raise TypeError
         # Some servers leave the stop string in.
         return {"text": cut(text or "", stop)[0], "tokens": None, "finish_reason": choice.get("finish_reason"),
                 "logprobs": listed or None}  # fmt: skip
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        shown = json.dumps(answer)[:200]
-        raise RunError(f"the answer is not that of an OpenAI-compatible server ({error!r}): {shown}") from None
+    except (KeyError, IndexError, TypeError, AttributeError):
+        shown = without_key(json.dumps(answer))[:200]
+        raise RunError(f"the answer is not that of an OpenAI-compatible server: {shown}") from None
 
 
 def _fingerprint(url: str, body: dict[str, Any]) -> str:

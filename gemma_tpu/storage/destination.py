@@ -16,9 +16,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.storage import stage, staging
-from gemma_tpu.storage.header import parse_json
 from gemma_tpu.storage.remote import UNFINISHED, BucketSource, restore_url
 from gemma_tpu.storage.retry import explain, persist
 from gemma_tpu.storage.shards import INDEX_FILE
@@ -197,7 +197,7 @@ def _listed(bucket: BucketSource) -> dict[str, int]:
 def _record(bucket: BucketSource, there: dict[str, int]) -> dict[str, Any]:
     if UNFINISHED not in there:
         return {}
-    found = parse_json(bucket.read(UNFINISHED, 0, there[UNFINISHED]), bucket.path(UNFINISHED))
+    found = plain.from_json(bucket.read(UNFINISHED, 0, there[UNFINISHED]), bucket.path(UNFINISHED))
     return found if isinstance(found, dict) and isinstance(found.get("done"), dict) else {}
 
 

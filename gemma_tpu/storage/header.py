@@ -3,9 +3,7 @@
 Everything in it comes from outside, so whatever it says, the answer is a Shard or one UserError.
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
 from gemma_tpu.storage.remote import Source
 
@@ -72,7 +71,7 @@ def read_shard(source: Source, name: str) -> Shard:
         raise UserError(f"{name} is truncated or not a safetensors file: it has {size} bytes and "
                         f"its first 8 give a header of {length}")
     raw = first[8 : 8 + length] + source.read(name, len(first), max(len(first), 8 + length))
-    header = parse_json(raw, f"the header of {name}")
+    header = plain.from_json(raw, f"the header of {name}")
     if not isinstance(header, dict):
         raise UserError(f"the header of {name} must be a JSON object, not {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
@@ -84,12 +83,12 @@ def read_shard(source: Source, name: str) -> Shard:
             dtype, shape, (start, end) = _parse_entry(entry)
             tensors.append(TensorInfo(tensor, dtype, shape, name, 8 + length + start, 8 + length + end))
         except ValueError as error:
-            problems.append(f"{ascii(tensor)}: {error}")
+            problems.append(f"{plain.cut(ascii(tensor))}: {error}")
     tensors.sort(key=lambda t: (t.start, t.end))
     if not problems:  # a tensor left out above would only make false gaps
         problems = list(_layout_problems(tensors, 8 + length, size))
     if problems:
-        raise UserError(f"{name} is damaged: {'; '.join(problems)}")
+        raise UserError(f"{name} is damaged: {plain.first(problems, between='; ')}")
     return Shard(name, 8 + length, tuple(tensors))
 
 
@@ -98,18 +97,18 @@ def _parse_entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]
         raise ValueError("its entry needs dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"dtype {ascii(code)} is not one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {plain.cut(ascii(code))} is not one of {', '.join(DTYPES)}")
     if not _is_naturals(shape) or len(shape) > _MAX_RANK:
-        raise ValueError(f"shape {ascii(shape)} must be a list of at most {_MAX_RANK} whole numbers")
+        raise ValueError(f"shape {plain.cut(ascii(shape))} must be a list of at most {_MAX_RANK} whole numbers")
     if not _is_naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"data_offsets {ascii(offsets)} must be two whole numbers")
+        raise ValueError(f"data_offsets {plain.cut(ascii(offsets))} must be two whole numbers")
     # Zero dims are skipped here: numpy refuses [0, 2**40, 2**40] although it holds nothing.
     if math.prod(dim for dim in shape if dim) * DTYPES[code].itemsize > _MAX_BYTES:
-        raise ValueError(f"shape {shape} is too large to address")
+        raise ValueError(f"shape {plain.cut(ascii(shape))} is too large to address")
     need = math.prod(shape) * DTYPES[code].itemsize
     if offsets[1] - offsets[0] != need:
-        raise ValueError(f"data_offsets {offsets} span {offsets[1] - offsets[0]} bytes, {code} {shape} needs "
-                         f"{need}")
+        raise ValueError(f"data_offsets {offsets} span {offsets[1] - offsets[0]} bytes, {code} "
+                         f"{plain.cut(ascii(shape))} needs {need}")
     return DTYPES[code], tuple(shape), (offsets[0], offsets[1])
 
 
@@ -123,24 +122,9 @@ def _layout_problems(tensors: list[TensorInfo], data_start: int, size: int) -> I
     for tensor in tensors:
         if tensor.start != position:
             kind = "overlaps" if tensor.start < position else "leaves a gap after"
-            yield f"{ascii(tensor.name)} {kind} {before}"
-        position, before = max(position, tensor.end), ascii(tensor.name)
+            yield f"{plain.cut(ascii(tensor.name))} {kind} {before}"
+        position, before = max(position, tensor.end), plain.cut(ascii(tensor.name))
     if size < position:
         yield f"truncated: its header describes {position} bytes and the file has {size}"
     elif size > position:
         yield f"{size - position} bytes follow the last tensor"
-
-
-def parse_json(raw: bytes | bytearray, what: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            twice = sorted(key for key, count in counts.items() if count > 1)
-            raise ValueError(f"keys given twice: {', '.join(map(ascii, twice))}")
-        return made
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{what} is not valid JSON: {error}") from None

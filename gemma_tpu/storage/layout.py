@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tpu import plain
 from gemma_tpu.errors import UserError
-from gemma_tpu.storage.header import DTYPES, Shard, TensorInfo, parse_json
+from gemma_tpu.storage.header import DTYPES, Shard, TensorInfo
 from gemma_tpu.storage.shards import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -73,7 +74,7 @@ def parse_size(text: str) -> int:
 
 
 def _metadata(base: Checkpoint, shard: Shard) -> dict[str, str]:
-    header = parse_json(base.read_header(shard.name)[8:], f"the header of {shard.name}")
+    header = plain.from_json(base.read_header(shard.name)[8:], f"the header of {shard.name}")
     metadata: dict[str, str] = header.get("__metadata__", {"format": "pt"})
     return metadata
 

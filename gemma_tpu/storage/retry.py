@@ -57,6 +57,12 @@ def status_of(error: Exception) -> int | None:
 
 
 def explain(error: Exception) -> str:
-    """One line; the query of a URL may be a signature that gives access, so it is not shown."""
+    """One line, with the kind of the error: what a client says of a network is little without it."""
+    text = told(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """One line of what an error says; the query of a URL may be a signature that gives access, so it is not shown."""
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return re.sub(r"\b\w+(?:Error|Exception): ", "", text)[:300]

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.storage.header import Shard, TensorInfo, parse_json, read_shard
+from gemma_tpu.storage.header import Shard, TensorInfo, read_shard
 from gemma_tpu.storage.remote import LocalSource, Source
 from gemma_tpu.storage.sources import open_source
 
@@ -74,7 +75,7 @@ class Checkpoint:
         """config.json as it stands in the checkpoint."""
         if "config.json" not in self.source.list():
             raise UserError(f"{self.where} has no config.json, which says what model it is")
-        config = parse_json(self.source.read("config.json"), f"{self.where}/config.json")
+        config = plain.from_json(self.source.read("config.json"), f"{self.where}/config.json")
         if not isinstance(config, dict):
             raise UserError(f"{self.where}/config.json must hold a JSON object, not {type(config).__name__}")
         return config
@@ -158,7 +159,7 @@ def open_checkpoint(where: str | Path) -> Checkpoint:
 
     weight_map = _read_index(source)
     listed = sorted(set(weight_map.values()))
-    problems = [f"{INDEX_FILE} names {name}, which is not there" for name in listed if name not in files]
+    problems = [f"{INDEX_FILE} names {plain.cut(name)}, which is not there" for name in listed if name not in files]
     if SINGLE_FILE in files and SINGLE_FILE not in listed:
         problems.append(f"both {SINGLE_FILE} and an index of other shards are there: remove the one that is "
                         "not meant")
@@ -178,20 +179,20 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 
 def _refuse(source: Source, problems: list[str]) -> None:
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
+        lines = "\n  - " + plain.first(problems, between="\n  - ")
         raise UserError(f"{source.where} is not a complete checkpoint; download it again or mend these:{lines}")
 
 
 def _read_index(source: Source) -> dict[str, str]:
     path = f"{source.where}/{INDEX_FILE}"
-    index = parse_json(source.read(INDEX_FILE), path)
+    index = plain.from_json(source.read(INDEX_FILE), path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map (an object of tensor name to shard file name)")
     bad = {str(shard) for shard in weight_map.values() if not _is_shard_name(shard)}
     if bad:
         raise UserError(f"{path}: a shard must be a plain *.safetensors file name beside the index, with no "
-                        f"path in it, not {', '.join(map(ascii, sorted(bad)))}")
+                        f"path in it, not {plain.first(plain.cut(ascii(name)) for name in sorted(bad))}")
     return weight_map
 
 
@@ -224,7 +225,7 @@ def _compare_index(weight_map: dict[str, str], shards: list[Shard]) -> list[str]
             (elsewhere, "holds tensors that the index lists under another shard"),
         ):
             if names:
-                problems.append(f"{shard.name} {rule}: {', '.join(map(ascii, sorted(names)))}")
+                problems.append(f"{shard.name} {rule}: {plain.first(plain.cut(ascii(one)) for one in sorted(names))}")
     return problems
 
 

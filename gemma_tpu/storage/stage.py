@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
-from gemma_tpu.storage.header import parse_json
 from gemma_tpu.storage.hub import HubSource
 from gemma_tpu.storage.remote import (
     HIDDEN,
@@ -127,7 +127,7 @@ class _Copy:
         for name in (UNFINISHED, MANIFEST):
             if name in self.there:
                 path = self.bucket.path(name)
-                record = parse_json(self.bucket.read(name, 0, self.there[name].size), path)
+                record = plain.from_json(self.bucket.read(name, 0, self.there[name].size), path)
                 if not isinstance(record, dict) or record.get("format") != 1:
                     raise UserError(f"{path} was not written by this version of gemma-tpu: choose another target")
                 return record

@@ -3,8 +3,7 @@
 from functools import cache
 from typing import Any, NotRequired, TypedDict
 
-import yaml
-
+from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 
 
@@ -18,7 +17,7 @@ class Entry(TypedDict):
 
 @cache
 def _table() -> dict[str, list[Entry]]:
-    table: dict[str, list[Entry]] = yaml.safe_load(resolve("bundled:xla_flags.yaml").read_text())
+    table: dict[str, list[Entry]] = plain.yaml_file(resolve("bundled:xla_flags.yaml"))
     return table
 
 

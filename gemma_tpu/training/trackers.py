@@ -4,6 +4,7 @@ TensorBoard's file format is a length, a checksum and a small protobuf for each 
 and texts need are written here: the packages that could do it bring a dependency larger than this file's job.
 """
 
+import importlib
 import math
 import os
 import socket
@@ -109,7 +110,7 @@ class _OnlineTracker:
 
     def __init__(self, name: str, project: str, run: str, config: Mapping[str, Any]):
         try:
-            self._module = __import__(name)
+            self._module = importlib.import_module(name)
         except ImportError:
             raise UserError(f"log.trackers names {name}, which is not installed: pip install {name}") from None
         try:

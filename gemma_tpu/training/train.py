@@ -30,7 +30,7 @@ from gemma_tpu.pages import report
 from gemma_tpu.run import checkpoint, metrics
 from gemma_tpu.run.checkpoint import Checkpoints, shapes_of
 from gemma_tpu.run.metrics import say
-from gemma_tpu.run.runs import RunFolder, write_text
+from gemma_tpu.run.runs import RunFolder, read_summary, write_text
 from gemma_tpu.schema import Config
 from gemma_tpu.step import step
 from gemma_tpu.training import faults, meter, oom, program
@@ -177,8 +177,7 @@ class Trainer:
         early = "" if start >= self.loader.total_steps else f", stopped early of {self.loader.total_steps}"
         say(f"{self.run.path} is complete ({start} updates{early}); to train on, give another run_dir")
         if self.run.summary.exists():
-            summary: dict[str, Any] = json.loads(self.run.summary.read_text())
-            return summary
+            return read_summary(self.run)
         return self.finish(start, {})
 
     # --- what is measured now and then ------------------------------------------------------------------------
@@ -203,7 +202,7 @@ class Trainer:
         self.measure(total)
         if not distributed.is_first():
             return {"steps": total}
-        rows = metrics.read(self.run.metrics)
+        rows = metrics.read(self.run.metrics, metrics.STEPS)
         best = min(self.losses, key=self.losses.__getitem__) if self.losses else None
         summary = {
             "steps": total,
