@@ -201,12 +201,13 @@ class MeshChoice:
 
 
 def valid_meshes(arch: Architecture, place: Slice, job: Job) -> list[MeshChoice]:
-    """Every (fsdp, tp, expert) whose product is the slice's devices, held against the rules of a run."""
+    """Every (fsdp, tp, expert) whose product is the slice's devices, held against the rules of a run; several slices
+    are one data axis."""
     counts = [layer.experts.count for layer in arch.layers if layer.experts]
-    found = []
-    for expert in _divisors(place.devices) if counts else [1]:
-        for tp in _divisors(place.devices // expert):
-            sizes = {"data": 1, "fsdp": place.devices // expert // tp, "expert": expert, "tp": tp}
+    found, each = [], place.devices // place.slices
+    for expert in _divisors(each) if counts else [1]:
+        for tp in _divisors(each // expert):
+            sizes = {"data": place.slices, "fsdp": each // expert // tp, "expert": expert, "tp": tp}
             found.append(MeshChoice(sizes, _refusal(arch, job.change(mesh=sizes))))
     return found
 

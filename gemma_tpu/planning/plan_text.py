@@ -21,9 +21,11 @@ PARTS = {
     "host_exposed": "waiting for host memory",
     "fsdp links": "weight gathers (fsdp)",
     "tp links": "gathers and scatters of activations (tp)",
+    "network": "gradients over the network between slices",
 }
 BASES = {"analytic": "by arithmetic", "schedule": "by the compiler's schedule", "cycles": "by the compiler's cycles"}
-COMPUTE, LINKS = ("matmul", "attention", "kernel"), ("collective_sync", "collective_exposed", "fsdp links", "tp links")
+COMPUTE = ("matmul", "attention", "kernel")
+LINKS = ("collective_sync", "collective_exposed", "fsdp links", "tp links", "network")
 REST = "everything else"
 MINOR = 0.005  # of the step: smaller parts are summed
 
@@ -134,7 +136,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield from table(rows, (1, 2))
     if plan.walk:
         hidden, took = plan.walk.hidden_seconds, plan.compilation.seconds
-        yield f"  collectives beside compute {duration(hidden)}; the compiler took {took:.0f} s"
+        since = f", on {plan.compilation.kept}" if plan.compilation.kept else ""
+        yield f"  collectives beside compute {duration(hidden)}; the compiler took {took:.0f} s{since}"
         yield "the largest costs"
         costs = plan.walk.costs[:8]
         yield from table([(duration(one.seconds), f"x{one.count}", one.kind, one.name) for one in costs], (0, 1))
