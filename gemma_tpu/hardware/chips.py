@@ -108,6 +108,11 @@ class Slice:
         low, high = self.chip.spot_usd
         return low * self.chips, high * self.chips
 
+    @property
+    def each(self) -> "Slice":
+        """One of them."""
+        return self if self.slices == 1 else self.chip.slice(self.topology)
+
     def times(self, count: int) -> "Slice":
         """So many of this slice over the data-centre network."""
         if count == 1:

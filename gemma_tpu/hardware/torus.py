@@ -19,7 +19,8 @@ def slices(devices: Iterable[Any]) -> int:
 
 
 def _slice(device: Any) -> int:
-    return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else 0
+    # A TPU slice alone says nothing; elsewhere the word means hosts.
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def arrange(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:

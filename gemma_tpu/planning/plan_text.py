@@ -191,7 +191,8 @@ def limits(plan: Plan) -> str:
     return said
 
 
-KINDS = {"remat": "other remat", "accumulation": "more micro-batches", "mesh": "another mesh", "slice": "another slice"}
+KINDS = {"remat": "other remat", "accumulation": "more micro-batches", "mesh": "another mesh",
+         "int8": "an int8 base", "slice": "another slice"}  # fmt: skip
 
 
 def option_line(plan: Plan, one: Option) -> tuple[str, ...]:
@@ -208,7 +209,7 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield ("what would fit" if not plan.fits else "what would be faster") + " (analytic)"
         yield from table([option_line(plan, one) for one in plan.options], (1,))
     elif not plan.fits:
-        yield "nothing that is known fits: no remat, accumulation, mesh or slice"
+        yield "nothing that is known fits: no remat, accumulation, mesh, int8 base or slice"
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
