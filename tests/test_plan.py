@@ -194,12 +194,11 @@ def test_the_cheapest_change_comes_first_and_a_larger_slice_last():
     assert "--on v5e-8" in plan_text.render(too_small)
 
 
-def test_an_int8_base_is_no_advice_for_a_base_that_trains_or_that_has_it():
-    arch = subject.find_model("gemma4-31b").architecture
-    job = analytic(on="v5e-4").job
-    for changed, wanted in ((job, True), (job.change(quantise="nf4"), False), (job.change(method="full"), False)):
-        kinds = [one.kind for one in advice.fixes(arch, changed.change(rows=16), chips.find("v5e-4"))]
-        assert ("int8" in kinds) == wanted
+@pytest.mark.parametrize("changes", [{"quantise": "nf4"}, {"method": "full"}], ids=str)
+def test_an_int8_base_is_no_advice_for_a_base_that_trains_or_is_quantised(changes):
+    model = subject.find_model("models/gemma-4-31B-it")
+    job = Job.of(config.load(FAST), {"fsdp": 4}, "full").change(**changes)
+    assert advice._with_int8(model.architecture, job, chips.find("v5e-4"), 1.0) == []
 
 
 def test_a_plan_that_fits_is_told_what_is_faster_and_nothing_else():
@@ -427,6 +426,14 @@ def test_another_compiler_or_another_code_is_asked_anew(compilers, monkeypatch, 
     monkeypatch.setattr(compilation, thing, lambda: "other")
     planned(said)
     assert len(compilers) == 2
+
+
+def test_where_it_cannot_be_kept_the_answer_is_given_all_the_same(compilers, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "file" / "plans"))
+    said: list[str] = []
+    made = planned(said)
+    assert made.walk and any("is not kept" in line and compilation.VARIABLE in line for line in said)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"date": "x", "compilation": {"memory": {"largest": []}, "walk": null}}'])

@@ -149,7 +149,8 @@ def test_a_fast_plan_of_two_slices_prices_both_and_names_the_network(capsys):
 # --- the step ---
 
 _COLLECTIVE = re.compile(
-    r"= (?P<out>\([^)]*\)|\S+) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (?P<out>\([^)]*\)|\S+) "
+    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 _SHAPE = re.compile(r"(?:f32|s32|u32|bf16|pred)\[([\d,]*)\]")
 
@@ -163,6 +164,7 @@ def crossing(text: str, half: int) -> list[tuple[str, int, str]]:
                 groups = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", line.split("pairs=")[1])]
             else:
                 groups = replica_groups(line, 2 * half)
+            assert groups is not None, line
             if any(len({number // half for number in group}) > 1 for group in groups):
                 shapes = _SHAPE.findall(one["out"])
                 elements = sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
@@ -170,14 +172,18 @@ def crossing(text: str, half: int) -> list[tuple[str, int, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [{"fsdp": 2}, {"tp": 2}], ids=str)
 def test_nothing_but_the_sum_of_gradients_crosses_the_data_axis(base32, tmp_path, monkeypatch, inside):
     """By the compiled step itself: all-reduces of what trains, once an update, and some numbers beside them."""
     held = []
     monkeypatch.setattr(compiling, "devices", lambda topology, slices: jax.devices())
     compile_step = program.Program.compile
-    monkeypatch.setattr(program.Program, "compile",
-                        lambda self, lowered, more: held.append((self, compile_step(self, lowered, QUICK))))  # fmt: skip
+
+    def compile_here(self, lowered, more):
+        held.append((self, compile_step(self, lowered, QUICK)))
+
+    monkeypatch.setattr(program.Program, "compile", compile_here)
     chosen = run_config(base32, tmp_path / "run", "mesh.data=2", "mesh.fsdp=1", "mesh.tp=1", "train.accumulation=1")
     compiling.main({
         "config": config.to_dict(chosen), "topology": "", "slices": 1, "mesh": {"data": 2, **inside},

@@ -127,7 +127,8 @@ class Option:
         if self.job.accumulation != config.train.accumulation:
             found.append(f"train.accumulation={self.job.accumulation}")
         if self.job.mesh != now.mesh:
-            found += [f"mesh.{axis}={size}" for axis, size in self.job.mesh if size > 1 or axis in ("fsdp", "tp")]
+            axes = {"fsdp", "tp", *(axis for axis, size in (*self.job.mesh, *now.mesh) if size > 1)}
+            found += [f"mesh.{axis}={size}" for axis, size in self.job.mesh if axis in axes]
         if self.job.replicate_kv and not config.mesh.replicate_kv:
             found.append("mesh.replicate_kv=true")
         if self.job.quantise != now.quantise:

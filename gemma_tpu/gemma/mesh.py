@@ -74,8 +74,8 @@ def check_slices(sizes: Mapping[str, int], slices: int) -> None:
     data = sizes.get("data", 1)
     if data % slices:
         raise UserError(
-            f"mesh.data={data} on {slices} slices: it must be a multiple of {slices}, because nothing but the data axis "
-            f"may cross the network between slices; set mesh.data={slices} and divide the others"
+            f"mesh.data={data} on {slices} slices: it must be a multiple of {slices}, because nothing but the data "
+            f"axis may cross the network between slices; set mesh.data={slices} and divide the others"
         )
 
 

@@ -8,6 +8,7 @@ JAX and of the compiler, and this package's own code.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache
@@ -47,7 +48,9 @@ def folder() -> Path:
     return Path(home).expanduser() / "gemma_tpu" / "plans"
 
 
-def compile_step(request: dict[str, Any], place: Slice, dump: Path, full: bool) -> Compilation:
+def compile_step(
+    request: dict[str, Any], place: Slice, dump: Path, full: bool, say: Callable[[str], None]
+) -> Compilation:
     """Ask the compiler, whose dump goes to `dump`; what it says is kept."""
     from gemma_tpu.training.compiling import compile_for
 
@@ -59,7 +62,7 @@ def compile_step(request: dict[str, Any], place: Slice, dump: Path, full: bool) 
         made = Compilation(found.seconds, memory.peak / GIB, limit, memory, walk(dump, place))
     else:
         made = Compilation(found.seconds, found.needs_gib, found.limit_gib or limit, None, None)
-    _keep(_file(request, place, full), made, place)
+    _keep(_file(request, place, full), made, place, say)
     return made
 
 
@@ -72,19 +75,19 @@ def kept(request: dict[str, Any], place: Slice, full: bool) -> Compilation | Non
         memory = held and Memory(**held | {"largest": [Buffer(**one) for one in held["largest"]]})
         steps = walked and Walk(**walked | {"costs": [Cost(**one) for one in walked["costs"]]})
         return Compilation(**found["compilation"] | {"memory": memory, "walk": steps, "kept": found["date"]})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as what a compiler said ({error}); remove it") from None
 
 
-def _keep(path: Path, made: Compilation, place: Slice) -> None:
+def _keep(path: Path, made: Compilation, place: Slice, say: Callable[[str], None]) -> None:
     tree = {"slice": place.name, "date": date.today().isoformat(), "compilation": asdict(replace(made, kept=None))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_text(path, json.dumps(tree) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; set {VARIABLE} to another folder") from None
+        say(f"note: what the compiler said is not kept: {path}: {error.strerror}; set {VARIABLE} to another folder")
 
 
 def _file(request: dict[str, Any], place: Slice, full: bool) -> Path:

@@ -225,7 +225,7 @@ def _compile(plan: Plan, dump: Path | None, full: bool, say: Callable[[str], Non
         return known
     with _folder(dump) as folder:
         say(f"compiling the train step for {plan.place.name} by the TPU compiler on this machine ...")
-        return compilation.compile_step(request, plan.place, folder, full)
+        return compilation.compile_step(request, plan.place, folder, full, say)
 
 
 # --- what to change ---

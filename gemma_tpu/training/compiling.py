@@ -56,7 +56,8 @@ def compile_for(
 ) -> Compiled:  # fmt: skip
     """Compile the train step of `config` (a plain tree) on `mesh` for `topology` ("v5p:2x2x1") into `folder`.
 
-    `slices`: so many of it, joined by the data-centre network. `architecture` is a checkpoint's config.json. Without `full` it ends where memory and schedule are known.
+    `slices`: so many of it, joined by the data-centre network. `architecture` is a checkpoint's config.json.
+    Without `full` it ends where memory and schedule are known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     request = folder / "request.json"
