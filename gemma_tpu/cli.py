@@ -37,6 +37,7 @@ from gemma_tpu.commands.arguments import seed as _seed
 from gemma_tpu.commands.arguments import target as _target
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.hardware import devices
+from gemma_tpu.run.metrics import say
 from gemma_tpu.tiny.checkpoint import ARCHS, DTYPES, write_tiny
 
 EXAMPLES = """\
@@ -145,24 +146,24 @@ def validate(args: argparse.Namespace) -> tuple[Result, int]:
 
     found = validate(run_config)
     for line in found.checked:
-        _say(f"ok           {line}")
+        say(f"ok           {line}")
     for line in found.not_checked:
-        _say(f"not checked  {line}")
+        say(f"not checked  {line}")
     for line in found.problems:
-        _say(f"error        {line}".replace("\n", "\n" + " " * 13))
+        say(f"error        {line}".replace("\n", "\n" + " " * 13))
     return {"ok": not found.problems, **vars(found)}, 2 if found.problems else 0
 
 
 def tiny(args: argparse.Namespace) -> tuple[Result, int]:
     out = write_tiny(args.out, arch=args.arch, seed=args.seed, dtype=args.dtype)
-    _say(f"wrote {out}: random weights in the layout of {args.arch}, {args.dtype}, seed {args.seed}")
+    say(f"wrote {out}: random weights in the layout of {args.arch}, {args.dtype}, seed {args.seed}")
     return {"out": str(out), "arch": args.arch, "seed": args.seed, "dtype": args.dtype}, 0
 
 
 def stage(args: argparse.Namespace) -> tuple[Result, int]:
     from gemma_tpu.storage.stage import stage
 
-    return stage(args.source, args.target, overwrite=args.overwrite, say=_say), 0
+    return stage(args.source, args.target, overwrite=args.overwrite, say=say), 0
 
 
 def sample(args: argparse.Namespace) -> tuple[Result, int]:
@@ -189,10 +190,6 @@ def _settings(args: argparse.Namespace) -> Any:
     return Settings(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, seed=args.seed, min_p=args.min_p,
                     repetition_penalty=args.repetition_penalty)  # fmt: skip
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- arguments ---

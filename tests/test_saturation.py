@@ -6,9 +6,9 @@ import pytest
 
 from gemma_tpu.bench import arrivals, doubts, saturation
 from gemma_tpu.bench.latencies import Reply, summary
+from gemma_tpu.estimate import inference
 from gemma_tpu.gemma import sizes
 from gemma_tpu.hardware import chips
-from gemma_tpu.serving import serving_floor
 
 SETTINGS = {"shared_prefix": 0, "kv_dtype": None, "source": doubts.OURS}
 
@@ -75,13 +75,13 @@ def test_a_point_whose_requests_fail_is_not_kept_up_with():
 
 def test_the_floor_of_a_prompt_is_its_operations_at_the_peak():
     arch = sizes.architecture("gemma4-31b")
-    flops = serving_floor.prefill_flops(arch, 15360)
+    flops = inference.prefill_flops(arch, 15360)
     weights = 29.3e9  # of the layers, without the embedding
     assert flops == pytest.approx(2 * weights * 15360, rel=0.15)
     assert flops > 2 * weights * 15360  # attention comes on top
-    v6e = serving_floor.ttft_ms(arch, 15360, chips.find("v6e-8"))
+    v6e = inference.least_ttft_ms(arch, 15360, chips.find("v6e-8"))
     assert v6e == pytest.approx(1e3 * flops / (8 * 918e12))
-    assert serving_floor.ttft_ms(arch, 15360, chips.find("v6e-4")) == pytest.approx(2 * v6e)
+    assert inference.least_ttft_ms(arch, 15360, chips.find("v6e-4")) == pytest.approx(2 * v6e)
 
 
 def test_layers_that_reuse_keys_count_for_the_last_token_alone():
@@ -90,7 +90,7 @@ def test_layers_that_reuse_keys_count_for_the_last_token_alone():
     from gemma_tpu.estimate.roofline import layer_matmuls
 
     every = 2 * 4096 * sum(sum(layer_matmuls(arch, layer).values()) for layer in arch.layers)
-    assert serving_floor.prefill_flops(arch, 4096) < 0.6 * every
+    assert inference.prefill_flops(arch, 4096) < 0.6 * every
 
 
 @pytest.mark.parametrize(("on", "tokens", "ttft"), [("v6e-8", 15360, 62.0), ("H100x2", 15360, 99.0)])
@@ -98,7 +98,7 @@ def test_the_papers_ttft_of_sixteen_thousand_tokens_cannot_be(on, tokens, ttft):
     point = queue(4.0, 30, 7.0, slots=64)
     for one in point["requests"]:
         one["ttft_ms"] = ttft
-    floor = serving_floor.ttft_ms(sizes.architecture("gemma4-31b"), tokens, chips.find(on))
+    floor = inference.least_ttft_ms(sizes.architecture("gemma4-31b"), tokens, chips.find(on))
     said = doubts.of_point(point, SETTINGS, 7000.0, floor, on)["ttft_below_floor"]
     assert said.startswith(f"30 of 30 TTFTs, down to {ttft:.0f} ms, are under the {floor:.0f} ms")
     assert "ttft_below_floor" not in doubts.of_point(point, SETTINGS, 7000.0, ttft - 1, on)

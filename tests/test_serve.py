@@ -16,9 +16,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gemma_tpu import cli
 from gemma_tpu.errors import UserError
+from gemma_tpu.estimate import serving_memory
 from gemma_tpu.gemma import sizes
 from gemma_tpu.hardware import chips
-from gemma_tpu.serving import serving_memory, vllm_command
+from gemma_tpu.serving import vllm_command
 from gemma_tpu.serving.vllm_command import Wish
 from gemma_tpu.storage import hub_cache
 from gemma_tpu.tiny.checkpoint import write_tiny

@@ -42,7 +42,7 @@ ORDER = listed("""
         selection corpus batches pairs display data_text data_page
     compiled: hlo trips flops traffic links work timeline walk buffers
     step: loss optim job step preference
-    estimate: budget roofline inference advice
+    estimate: budget roofline serving_memory inference advice
     sampling: drawing row_drawing decoding sampler asking completions endpoint chat
     training: flags program compiling tracing faults oom meter trackers logbook previews train mirrored
     handoff: blas patch difference card merging layerwise clients verify
@@ -50,7 +50,7 @@ ORDER = listed("""
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring evaluate eval_page
     lite: fields requests programs batch answers metrics engine app
-    serving: serving_memory vllm_command serving_floor
+    serving: vllm_command
     launch: launching manifests launch_script scripts
     bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result
         bench_file measuring bench_text bench_page
@@ -75,7 +75,7 @@ WITHOUT_JAX = listed("""
         selection corpus batches pairs display data_text data_page
     compiled: hlo trips flops traffic links work timeline walk buffers
     step: job
-    estimate: budget roofline inference advice
+    estimate: budget roofline serving_memory inference advice
     sampling: asking endpoint chat
     training: flags compiling faults trackers mirrored
     handoff: blas patch difference card
@@ -83,7 +83,7 @@ WITHOUT_JAX = listed("""
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring eval_page
     lite: fields requests
-    serving: serving_memory vllm_command serving_floor
+    serving: vllm_command
     launch: launching manifests launch_script scripts
     bench: arrivals points latencies wire bench_prompts exchange under_load scrape saturation doubts vllm_result
         bench_file measuring bench_text bench_page

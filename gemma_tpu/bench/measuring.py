@@ -23,9 +23,9 @@ from gemma_tpu.bench.points import Point
 from gemma_tpu.bench.under_load import Measured, learn, run_point, warm_up
 from gemma_tpu.bench.wire import Wire, lift_limit
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.estimate import inference
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware.chips import Slice
-from gemma_tpu.serving import serving_floor
 
 SETTLE = 1.0  # seconds that a server has to put the last request into its metrics
 
@@ -298,7 +298,7 @@ def _judged(point: Card, settings: Card, judge: Judge, unloaded: float | None) -
     floor = None
     if judge.place is not None and judge.arch is not None and point["input"] is not None:
         fresh = point["input"] - (settings.get("shared_prefix") or 0)
-        floor = serving_floor.ttft_ms(judge.arch, fresh, judge.place)
+        floor = inference.least_ttft_ms(judge.arch, fresh, judge.place)
     on = None if judge.place is None else judge.place.name
     able, share = saturation.keeps_up(point, unloaded)
     found = {"keeps_up": able, "done_share": share, "ttft_floor_ms": None if floor is None else round(floor, 3),

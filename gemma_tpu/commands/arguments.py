@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.run import runs
+from gemma_tpu.run.metrics import say
 
 
 def run_folder(path: Path) -> Path:
@@ -40,6 +41,27 @@ def seed(text: str) -> int:
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text} must be from 0 to 4294967295")
     return number
+
+
+def page_option(one: argparse.ArgumentParser, about: str = "write a page with pictures") -> None:
+    one.add_argument("--html", metavar="FILE", type=_page_file, help=about)
+
+
+def _page_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return path
+
+
+def write_page(path: Path, text: str) -> None:
+    """What --html asked for."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
+    say(f"wrote {path}")
 
 
 # argparse names the type in "invalid … value".

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from gemma_tpu.bench import bench_file, bench_text, latencies, points, scrape
 from gemma_tpu.bench.arrivals import KINDS
 from gemma_tpu.bench.exchange import PATHS
 from gemma_tpu.bench.points import PRESETS, Point
-from gemma_tpu.commands.arguments import positive, seed
+from gemma_tpu.commands.arguments import page_option, positive, seed, write_page
 from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import chips
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     print(bench_text.show(found), flush=True)
     _write(args, found, None)
     if results.path is not None and "://" in args.target:
-        _say(f"kept in {results.path}")
+        say(f"kept in {results.path}")
     return found, 1 if found["total"]["completed"] == 0 else 0
 
 
@@ -73,7 +73,7 @@ def _measure(args: argparse.Namespace, slo: dict[str, float]) -> tuple[bench_fil
         2 if args.warmup is None else args.warmup, args.shared_prefix or 0, tokenizer, args.data, args.kv_dtype,
         args.timeout or 600.0,
     )  # fmt: skip
-    results = measuring.measure(server, wanted, settings, args.out or _default_out(server), notes, _say)
+    results = measuring.measure(server, wanted, settings, args.out or _default_out(server), notes, say)
     return results, measuring.assess(results, judge)
 
 
@@ -164,19 +164,9 @@ def _write(args: argparse.Namespace, found: Result, compared: list[Result] | Non
     if args.html is None:
         return
     from gemma_tpu.bench import bench_page
-    from gemma_tpu.run.runs import write_text
 
     text = bench_page.page_of(found) if compared is None else bench_page.compare_page(found, compared)
-    try:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, text)
-    except OSError as error:
-        raise UserError(f"--html {args.html}: cannot be written: {error.strerror}") from None
-    _say(f"wrote {args.html}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_page(args.html, text)
 
 
 # --- arguments ---
@@ -250,4 +240,4 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
                       "arithmetic floor")  # fmt: skip
     then.add_argument("--weights", metavar="DIR", help="whose arithmetic that is, where the server's name does not "
                       "say it: a model folder or a published name")  # fmt: skip
-    then.add_argument("--html", metavar="FILE", type=Path, help="a page with pictures")
+    page_option(then)

@@ -3,11 +3,11 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu.commands.arguments import page_option, write_page
 from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import prices
 
@@ -51,7 +51,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     tuned.add_argument("--tokens-per-day", metavar="N", type=amount, help="to say in days when it is repaid")
     one.add_argument("--prices", metavar="NAME|FILE", help=f"a set of prices ({prices.DEFAULT})")
     one.add_argument("--paper", action="store_true", help="the paper's tables of cost, printed and computed")
-    one.add_argument("--html", metavar="FILE", type=Path, help="write a page with pictures")
+    page_option(one)
 
 
 def amount(text: str) -> float:
@@ -72,8 +72,6 @@ amounts.__name__ = "list of numbers"
 def run(args: argparse.Namespace) -> tuple[Result, int]:
     if args.training and re.fullmatch(r"[a-z_.]+=.*", args.training):  # no TRAINING: this is an override
         args.overrides, args.training = [args.training, *args.overrides], None
-    if args.html and args.html.is_dir():
-        raise UserError(f"--html {args.html}: is a folder; name a file")
     if args.paper:
         return _paper(args)
     _check(args)
@@ -84,7 +82,7 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     if args.html:
         from gemma_tpu.costs import cost_page
 
-        _write(args.html, cost_page.page_of(report))
+        write_page(args.html, cost_page.page_of(report))
     return costing.to_json(report), 0
 
 
@@ -238,7 +236,7 @@ def _paper(args: argparse.Namespace) -> tuple[Result, int]:
     if args.html:
         from gemma_tpu.costs import cost_page
 
-        _write(args.html, cost_page.paper_page(report))
+        write_page(args.html, cost_page.paper_page(report))
     tables = [
         {"name": name, "rows": [{"what": what, "unit": unit} | {
             kind: one and {"printed": one.printed, "computed": one.value, "agrees": one.agrees}
@@ -248,14 +246,3 @@ def _paper(args: argparse.Namespace) -> tuple[Result, int]:
     found = [{"id": one.id, "place": one.place, "printed": one.printed, "computed": one.value, "why": one.why}
              for one in paper.discrepancies()]  # fmt: skip
     return costing.to_json(report) | {"tables": tables, "discrepancies": found}, 0
-
-
-def _write(path: Path, text: str) -> None:
-    from gemma_tpu.run.runs import write_text
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
-    print(f"wrote {path}", file=sys.stderr, flush=True)

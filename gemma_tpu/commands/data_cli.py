@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from gemma_tpu import config
+from gemma_tpu.commands.arguments import page_option, write_page
 from gemma_tpu.errors import UserError
 
 Result = dict[str, Any]
@@ -21,15 +21,13 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("config", metavar="CONFIG", help="a YAML file, yours or a shipped one by its name")
     one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. data.max_seq_len=2048")
     one.add_argument("--show", metavar="N", type=int, default=0, help="print N rows, what is trained in colour")
-    one.add_argument("--html", metavar="FILE", type=Path, help="write a page with pictures")
+    page_option(one)
 
 
 def run(args: argparse.Namespace) -> tuple[Result, int]:
     """Prints the report and the rows asked for; the page, where one is asked for, always shows a few."""
     if args.show < 0:
         raise UserError(f"--show {args.show}: how many rows to print, 0 for none")
-    if args.html and args.html.is_dir():
-        raise UserError(f"--html {args.html}: is a folder; name a file")
     chosen = config.load(args.config, args.overrides)
     from gemma_tpu.data import data_text, display
     from gemma_tpu.data.tokenizer import Tokenizer
@@ -46,9 +44,10 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     for where, row in shown:
         print(f"== {where}\n{display.in_terminal(row, colour)}\n")
     if args.html:
-        _write(args.html, args.config, parts, shown or [
-            (main.where(row), display.turns(*main[row], tokenizer)) for row in range(min(3, len(main)))
-        ])  # fmt: skip
+        from gemma_tpu.data import data_page
+
+        first = [(main.where(row), display.turns(*main[row], tokenizer)) for row in range(min(3, len(main)))]
+        write_page(args.html, data_page.page_of(args.config, parts, shown or first))
     result = data_text.figures(main)
     for title, rows in parts[1:]:
         result[JSON_KEYS[title]] = data_text.figures(rows)
@@ -76,15 +75,3 @@ def _has_colours() -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
-
-
-def _write(path: Path, source: str, parts: list, shown: list) -> None:
-    from gemma_tpu.data import data_page
-    from gemma_tpu.run.runs import write_text
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, data_page.page_of(source, parts, shown))
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
-    print(f"wrote {path}", file=sys.stderr, flush=True)

@@ -1,18 +1,18 @@
 """`gemma-tpu eval` and `gemma-tpu compare`: their arguments, and the pages they write."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tpu.commands.arguments import any_target, positive, run_folder, seed
+from gemma_tpu.commands.arguments import any_target, page_option, positive, run_folder, seed, write_page
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import scorecard, scoring
 from gemma_tpu.evaluation.answering import Draw
 from gemma_tpu.evaluation.verilog_eval import TASKS
 from gemma_tpu.evaluation.verilog_prompts import SETTINGS, STYLES
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 Add = Callable[[argparse.ArgumentParser], None]
@@ -147,7 +147,7 @@ def compare(args: argparse.Namespace) -> tuple[Result, int]:
         key: [first.get(key), second.get(key)] for key in settings if first.get(key) != second.get(key)
     }
     for key, (left, right) in found["settings_differ"].items():
-        _say(f"note: {key} differs: {left} and {right}")
+        say(f"note: {key} differs: {left} and {right}")
     for name, entry in zip(names, (first, second), strict=True):
         values = "  ".join(f"pass@{k} {v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" for k, v in entry["pass_at_k"].items())
         print(f"{name}: {values}")
@@ -159,7 +159,7 @@ def compare(args: argparse.Namespace) -> tuple[Result, int]:
     if args.html:
         from gemma_tpu.evaluation import eval_page
 
-        _write(args.html, eval_page.compare_page(found, first, second))
+        write_page(args.html, eval_page.compare_page(found, first, second))
     return found, 0
 
 
@@ -167,7 +167,7 @@ def add_compare(one: argparse.ArgumentParser) -> None:
     what = "a results file of `gemma-tpu eval`, or the folder that holds one"
     one.add_argument("a", metavar="A", type=Path, help=what)
     one.add_argument("b", metavar="B", type=Path, help="the same of another run, on the same problems")
-    one.add_argument("--html", metavar="FILE", type=Path, help="write a page with pictures")
+    page_option(one)
 
 
 COMPARE = ("two evaluations side by side: wins, losses, and whether the difference is significant",
@@ -208,7 +208,7 @@ def _add_sampling(one: argparse.ArgumentParser, default: str) -> None:
     one.add_argument("--max-new-tokens", metavar="N", type=positive)
     one.add_argument("--seed", type=seed, help="(0)")
     one.add_argument("--out", metavar="DIR", type=Path, help="where samples and results are kept")
-    one.add_argument("--html", metavar="FILE", type=Path, help="write a page with every sample, log and verdict")
+    page_option(one, "write a page with every sample, log and verdict")
 
 
 def _add_scoring(one: argparse.ArgumentParser) -> None:
@@ -234,20 +234,5 @@ def _finish(found: Result, html: Path | None) -> tuple[Result, int]:
     if html:
         from gemma_tpu.evaluation import eval_page
 
-        _write(html, eval_page.page_of(found))
+        write_page(html, eval_page.page_of(found))
     return scorecard.brief(found), 0
-
-
-def _write(path: Path, text: str) -> None:
-    from gemma_tpu.run.runs import write_text
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
-    _say(f"wrote {path}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_tpu.errors import UserError
 from gemma_tpu.onboarding import catalogue, completion, doctor
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 
@@ -21,7 +22,7 @@ def ls(args: argparse.Namespace) -> tuple[Result, int]:
 
 def cp(args: argparse.Namespace) -> tuple[Result, int]:
     target = catalogue.copy(args.name, args.dest)
-    _say(f"wrote {target}")
+    say(f"wrote {target}")
     return {"copied": args.name, "to": str(target)}, 0
 
 
@@ -65,9 +66,9 @@ def init(args: argparse.Namespace) -> tuple[Result, int]:
     made = plan.make(chosen, str(args.out), place, model, workload(chosen), compiled=False, suggest=False)
     new_config.write(args.out, new_config.render(chosen, place, str(args.out)))
     for line in notes:
-        _say(line)
+        say(line)
     rate = f"about {made.tokens_per_s:,.0f} tokens/s, {made.peak_gib:.1f} of {made.limit_gib:.1f} GiB a chip"
-    _say(f"wrote {args.out}: {model.name} on {place}\npredicted by arithmetic: {rate}\n"
+    say(f"wrote {args.out}: {model.name} on {place}\npredicted by arithmetic: {rate}\n"
          f"next: gemma-tpu plan {args.out} --on {place.name}, then gemma-tpu data {args.out} --show 3")  # fmt: skip
     return {"out": str(args.out), **given, "tokens_per_s": made.tokens_per_s, "fits": made.fits,
             "peak_gib_per_chip": made.peak_gib, "limit_gib": made.limit_gib, "notes": notes}, 0  # fmt: skip
@@ -88,10 +89,6 @@ def _ask(name: str) -> str:
     if not answer:
         raise UserError(f"--{name}: nothing was given")
     return answer
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from gemma_tpu import config
 from gemma_tpu.commands.arguments import positive
 from gemma_tpu.hardware import chips, clouds
 from gemma_tpu.launch import launch_script, launching, scripts
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 ABOUT = "create a slice, train on it, follow it and delete it: the script for that, or the deed"
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     if not args.run:
         if not args.json:
             print(text, end="")
-        _say("printed, not done: add --run, or keep it as a file and run that with bash")
+        say("printed, not done: add --run, or keep it as a file and run that with bash")
         return result, 0
     for note in job.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     return result, scripts.run(text)
 
 
@@ -76,7 +76,3 @@ def _request(args: argparse.Namespace) -> launching.Request:
         any_region=args.any_region, yes=args.yes, cluster=args.cluster, location=args.cluster_location,
         image=args.image, queue=args.queue, namespace=args.namespace,
     )  # fmt: skip
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from gemma_tpu.commands import sample_cli
 from gemma_tpu.commands.arguments import positive, target
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 ABOUT = "a run or a model behind OpenAI's interface, for trying and for tests"
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
     with _listen(args.host, args.port) as listener:
         address = _address(listener)
         served = _load(args, folder, name, sizes)
-        _say(f"serve-lite is for trying a model and for tests; production is vLLM: gemma-tpu serve {args.target}")
+        say(f"serve-lite is for trying a model and for tests; production is vLLM: gemma-tpu serve {args.target}")
         if not _loopback(args.host):
-            _say(f"warning: {args.host} can be reached from other machines, and nobody is asked for a password")
+            say(f"warning: {args.host} can be reached from other machines, and nobody is asked for a password")
         return _serve(args, served, listener, address)
 
 
@@ -115,7 +115,7 @@ def _serve(args: argparse.Namespace, served: Any, listener: socket.socket, addre
     # Once it runs, the web server has handlers of its own: it stops, waits for what is running, and raises the signal
     # once more. That is not to end this process before it has said its last word.
     before = {one: signal.signal(one, end) for one in (signal.SIGTERM, signal.SIGINT)}
-    _say(f"{address}/v1 serves {served.name}: {device.slots} slots of {device.capacity} tokens, prefill in buckets of "
+    say(f"{address}/v1 serves {served.name}: {device.slots} slots of {device.capacity} tokens, prefill in buckets of "
          f"{', '.join(map(str, device.buckets))}; compiling, {address}/health says when it is ready")  # fmt: skip
     engine.start()
     threading.Thread(target=_announce, args=(engine, address), daemon=True).start()
@@ -129,7 +129,7 @@ def _serve(args: argparse.Namespace, served: Any, listener: socket.socket, addre
 
 def _announce(engine: Any, address: str) -> None:
     if engine.when_compiled():
-        _say(f"ready: {address}/v1 ({engine.device.compiled()} programs compiled; SIGTERM or Ctrl-C ends it)")
+        say(f"ready: {address}/v1 ({engine.device.compiled()} programs compiled; SIGTERM or Ctrl-C ends it)")
 
 
 def _ended(engine: Any, address: str) -> tuple[Result, int]:
@@ -138,7 +138,7 @@ def _ended(engine: Any, address: str) -> tuple[Result, int]:
     if failed:
         raise RunError(f"the device failed: {engine.progress}")
     counts = engine.metrics.totals()
-    _say(f"stopped: {counts['answered']} prompts answered, {counts['generated']} tokens generated, "
+    say(f"stopped: {counts['answered']} prompts answered, {counts['generated']} tokens generated, "
          f"{counts['recompiles']} recompilations")  # fmt: skip
     if compiling:  # the compiler's thread cannot be stopped, and must not be there while the interpreter ends
         atexit.register(os._exit, 0)
@@ -193,7 +193,3 @@ def _buckets(text: str) -> list[int]:
 
 # argparse names the type in "invalid … value".
 _port.__name__, _milliseconds.__name__, _buckets.__name__ = "integer", "number", "list"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

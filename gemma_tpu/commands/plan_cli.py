@@ -1,13 +1,14 @@
 """`gemma-tpu plan`: its arguments, and what it prints."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from gemma_tpu import config
+from gemma_tpu.commands.arguments import page_option, write_page
 from gemma_tpu.errors import UserError
 from gemma_tpu.planning import calibration
+from gemma_tpu.run.metrics import say
 
 Result = dict[str, Any]
 ABOUT = "predict memory, time and cost of a run on a slice, without the slice"
@@ -22,7 +23,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--fast", action="store_true", help="by arithmetic alone, in seconds")
     one.add_argument("--full", action="store_true", help="with code generation, for the compiler's cycles (minutes)")
     one.add_argument("--dump", metavar="DIR", type=Path, help="keep what the compiler writes, in a new folder")
-    one.add_argument("--html", metavar="FILE", type=Path, help="write a page with pictures")
+    page_option(one)
     one.add_argument("--sweep", action="store_true", help="the usual slices side by side, by arithmetic")
     one.add_argument("--compile", action="store_true",
                      help="with --sweep: compile for each TPU slice (minutes; what is done is kept)")  # fmt: skip
@@ -51,8 +52,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--compile belongs to --sweep; a plan of one slice is compiled unless --fast is given")
     if args.sweep and args.on:
         raise UserError("--sweep plans for every slice; leave out --on")
-    if args.html and args.html.is_dir():
-        raise UserError(f"--html {args.html}: is a folder; name a file")
 
 
 def _plan(args: argparse.Namespace, result: Result) -> tuple[Result, int]:
@@ -65,14 +64,14 @@ def _plan(args: argparse.Namespace, result: Result) -> tuple[Result, int]:
     if args.sweep:
         return _sweep(args, chosen, model, load, result)
     place, why = subject.find_slice(args.on, args.config)
-    _say(f"slice: {place}, by {why}")
+    say(f"slice: {place}, by {why}")
     made = _make(args, chosen, args.config, place, model, load)
     print(plan_text.render(made))
     if args.html:
         from gemma_tpu.planning import plan_page, sweep
 
-        others = sweep.sweep(chosen, args.config, model, load, compiled=False, dump=None, say=_say)
-        _write(args.html, plan_page.page_of(made, others))
+        others = sweep.sweep(chosen, args.config, model, load, compiled=False, dump=None, say=say)
+        write_page(args.html, plan_page.page_of(made, others))
     from gemma_tpu.planning.plan import to_json
 
     return to_json(made) | result, 0
@@ -82,18 +81,18 @@ def _make(args: argparse.Namespace, chosen: Any, source: str, place: Any, model:
     from gemma_tpu.planning import plan
 
     return plan.make(chosen, source, place, model, load, compiled=not args.fast, full=args.full, dump=args.dump,
-                     say=_say)  # fmt: skip
+                     say=say)  # fmt: skip
 
 
 def _sweep(args: argparse.Namespace, chosen: Any, model: Any, load: Any, result: Result) -> tuple[Result, int]:
     from gemma_tpu.planning import sweep
 
-    rows = sweep.sweep(chosen, args.config, model, load, compiled=args.compile, dump=args.dump, say=_say)
+    rows = sweep.sweep(chosen, args.config, model, load, compiled=args.compile, dump=args.dump, say=say)
     print(sweep.render(rows, load))
     if args.html:
         from gemma_tpu.planning import plan_page
 
-        _write(args.html, plan_page.sweep_page(args.config, rows, load))
+        write_page(args.html, plan_page.sweep_page(args.config, rows, load))
     return {"config": args.config, "sweep": [sweep.row_json(row) for row in rows]} | result, 0
 
 
@@ -125,21 +124,6 @@ def _calibrate(args: argparse.Namespace) -> list[Result]:
     found = [calibration.compare(measured, place, basis, seconds) for basis, seconds in predicted.items()]
     for one in found:
         path = calibration.store(one)
-        _say(f"{one.chip}, {one.basis}: {one}")
-    _say(f"kept in {path}")
+        say(f"{one.chip}, {one.basis}: {one}")
+    say(f"kept in {path}")
     return [vars(one) for one in found]
-
-
-def _write(path: Path, text: str) -> None:
-    from gemma_tpu.run.runs import write_text
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
-    _say(f"wrote {path}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,14 +1,14 @@
 """`gemma-tpu serve`: the vLLM command for a merged model on a machine, what it will take, and the deed."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from gemma_tpu.commands.arguments import positive
+from gemma_tpu.estimate.serving_memory import KV_BYTES
 from gemma_tpu.launch import scripts
+from gemma_tpu.run.metrics import say
 from gemma_tpu.serving import vllm_command
-from gemma_tpu.serving.serving_memory import KV_BYTES
 
 Result = dict[str, Any]
 ABOUT = "serve a merged model by vLLM on TPU, GPU or CPU: the command for that, or the deed"
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> tuple[Result, int]:
         from_hub=args.from_hub, detach=args.detach,
     )  # fmt: skip
     one = vllm_command.settle(args.model, args.on, wish)
-    _say(_table(one))
+    say(_table(one))
     text = vllm_command.script(one)
     result = vllm_command.to_json(one) | {"script": text}
     if not args.run:
         if not args.json:
             print(text, end="")
-        _say("printed, not done: add --run, or keep it as a file and run that with bash")
+        say("printed, not done: add --run, or keep it as a file and run that with bash")
         return result, 0
     return result, scripts.run(text)
 
@@ -75,8 +75,3 @@ def _table(one: vllm_command.Serving) -> str:
                         for dtype, sizes in memory.per_sequence.items())  # fmt: skip
         lines.append(f"  {context:>8,}{cells}")
     return "\n".join(lines) + "\n"
-
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gemma_tpu.commands.arguments import page_option, write_page
 from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import devices, distributed
 from gemma_tpu.run import metrics, runs
@@ -69,12 +70,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, int]:
     found = comparison.read([args.run_dir, *args.compare])
     print(comparison.render(found))
     if args.html:
-        try:
-            args.html.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_text(args.html, comparison_page.page_of(found))
-        except OSError as error:
-            raise UserError(f"--html {args.html}: cannot be written: {error.strerror}") from None
-        print(f"wrote {args.html}", file=sys.stderr, flush=True)
+        write_page(args.html, comparison_page.page_of(found))
     return comparison.to_json(found), 0
 
 
@@ -89,4 +85,4 @@ def add_report_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run_dir of a config that was trained")
     one.add_argument("--compare", metavar="RUN_DIR", type=Path, nargs="+", default=[],
                      help="in place of that: these runs beside it, also those of recipes/gpu_baseline")  # fmt: skip
-    one.add_argument("--html", metavar="FILE", type=Path, help="with --compare: write a page with pictures")
+    page_option(one, "with --compare: write a page with pictures")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gemma_tpu.estimate import roofline
 from gemma_tpu.estimate.budget import GIB
+from gemma_tpu.estimate.serving_memory import group_sizes
 from gemma_tpu.gemma.variants import Architecture, Layer
 from gemma_tpu.hardware.chips import Slice
 
@@ -78,8 +79,7 @@ class Server:
 
     def prefill_s(self, tokens: int) -> float:
         """The least time in which a prompt can be read: its useful FLOPs at the full peak, its weights once."""
-        flops = 2 * _met(self.arch) * tokens + 2.0 * self.arch.vocab * self.arch.hidden  # logits of the last token
-        flops += sum(roofline.attention_flops(self.arch, layer, tokens) for layer in self.arch.layers) * tokens
+        flops = prefill_flops(self.arch, tokens)
         return max(flops / self.peak, weights_read(self.arch, tokens) * self.weight_bytes / self.bandwidth)
 
     def step_parts(self, rows: float, context: float) -> dict[str, float]:
@@ -114,10 +114,10 @@ class Server:
 
 
 def servers(arch: Architecture, place: Slice, kv_bytes: int = 2) -> Iterator[Server]:
-    """Every tensor parallelism that divides the slice and the query heads and leaves room for the weights."""
-    for tp in range(1, place.devices + 1):
+    """Every tensor parallelism that divides the slice and the heads and leaves room for the weights."""
+    for tp in group_sizes(arch, place.devices):
         one = Server(arch, place, tp, kv_bytes)
-        if place.devices % tp == 0 and arch.heads % tp == 0 and one.weights_gib <= place.chip.device_hbm_gib * USABLE:
+        if one.weights_gib <= place.chip.device_hbm_gib * USABLE:
             yield one
 
 
@@ -158,6 +158,24 @@ def _weights(arch: Architecture, tokens: float) -> float:
             touched = layer.experts.count if math.isinf(tokens) else _experts_touched(layer, tokens)
             found += (touched - layer.experts.top_k) * 3 * arch.hidden * layer.experts.mlp
     return found
+
+
+def prefill_flops(arch: Architecture, tokens: int) -> float:
+    """Of a prompt whose keys and values are all computed, up to the logits of its last token.
+
+    Layers that take over the keys of lower ones need none of the earlier tokens: they count for the last alone.
+    """
+    found = 2.0 * arch.hidden * (arch.vocab + tokens * len(arch.layers) * arch.per_layer_input)
+    for layer in arch.layers:
+        weights = sum(roofline.layer_matmuls(arch, layer).values())
+        count = 1 if layer.kv_shared else tokens
+        found += count * (2 * weights + roofline.attention_flops(arch, layer, tokens))
+    return found
+
+
+def least_ttft_ms(arch: Architecture, tokens: int, place: Slice) -> float:
+    """No first token of a prompt can come sooner, in bf16, unless part of the prompt was not computed."""
+    return 1e3 * prefill_flops(arch, tokens) / (place.devices * place.chip.device_bf16_tflops * 1e12)
 
 
 def flops_of_token(arch: Architecture, context: float) -> float:

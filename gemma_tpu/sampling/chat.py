@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gemma_tpu.errors import UserError
+from gemma_tpu.run.metrics import say
 from gemma_tpu.sampling.asking import Asked
 
 HELP = "/new begins another conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
@@ -15,7 +16,7 @@ def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: s
     """Turns until the user ends them; `write` is that of a Writer or of an Endpoint. Returns the last conversation."""
     before = [] if system is None else [{"role": "system", "content": system}]
     turns: list[dict[str, Any]] = []
-    _say(HELP)
+    say(HELP)
     while (line := _read()) is not None:
         words = line.strip()
         if words == "/quit":
@@ -23,7 +24,7 @@ def chat(write: Callable[..., list[dict[str, Any]]], settings: Any, *, system: s
         if words == "/new":
             turns = []
         elif words.startswith("/"):
-            _say(HELP)
+            say(HELP)
         elif words:
             turns = _answer(write, settings, before, turns, line, stop)
     return {"messages": before + turns}
@@ -41,13 +42,13 @@ def _answer(write, settings: Any, before: list, turns: list, line: str, stop: tu
         # Each answer has its own number among the samples: the same words twice need not get the same answer.
         found = write([Asked([*before, *asked], len(turns))], settings, stop=stop, on_text=show)[0]
     except UserError as error:  # too long, or refused by the template: nothing was answered
-        _say(f"error: {error}; {HELP}")
+        say(f"error: {error}; {HELP}")
         return turns
     except KeyboardInterrupt:
         found = {"text": "".join(said), "finish_reason": "interrupted"}
     print(flush=True)
     if found["finish_reason"] == "length":
-        _say(f"note: cut at {settings.max_new_tokens} tokens")
+        say(f"note: cut at {settings.max_new_tokens} tokens")
     return [*asked, {"role": "assistant", "content": found["text"]}]
 
 
@@ -61,7 +62,3 @@ def _read() -> str | None:
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
         return None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -15,13 +15,13 @@ from typing import Any
 from gemma_tpu import assets, overlay
 from gemma_tpu.adapter import peft_folder
 from gemma_tpu.errors import UserError
+from gemma_tpu.estimate import serving_memory
+from gemma_tpu.estimate.serving_memory import GIB, Memory
 from gemma_tpu.gemma import hf_config, sizes
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware import chips, clouds
 from gemma_tpu.hardware.chips import Slice
 from gemma_tpu.run import runs
-from gemma_tpu.serving import serving_memory
-from gemma_tpu.serving.serving_memory import GIB, Memory
 from gemma_tpu.storage import hub_cache
 from gemma_tpu.storage.shards import open_checkpoint
 
