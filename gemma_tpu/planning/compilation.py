@@ -54,6 +54,7 @@ def compile_step(
     """Ask the compiler, whose dump goes to `dump`; what it says is kept."""
     from gemma_tpu.training.compiling import compile_for
 
+    path = _file(request, place, full)  # by the code as it is now: minutes may pass
     found = compile_for(**request, folder=dump, full=full)
     limit = place.chip.device_hbm_gib
     if found.fits:
@@ -62,7 +63,7 @@ def compile_step(
         made = Compilation(found.seconds, memory.peak / GIB, limit, memory, walk(dump, place))
     else:
         made = Compilation(found.seconds, found.needs_gib, found.limit_gib or limit, None, None)
-    _keep(_file(request, place, full), made, place, say)
+    _keep(path, made, place, say)
     return made
 
 
