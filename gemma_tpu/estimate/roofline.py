@@ -223,11 +223,12 @@ def _tp_seconds(arch: Architecture, job: Job, place: Slice, pace: Pace, done: Wo
 
 
 def _network_seconds(arch: Architecture, job: Job, place: Slice) -> float:
-    """Gradients of what trains, summed over the slices; nothing else crosses the network."""
+    """Gradients of what trains, in the dtype of the matmuls that made them, summed over the slices once in every
+    micro-batch: the compiler does it layer by layer, in the backward pass. Nothing else crosses the network."""
     if place.slices == 1:
         return 0.0
-    gradients = sum(one.bytes for one in placed(arch, job) if one.trains)
-    crossing = 2 * gradients * (place.slices - 1) / place.slices
+    gradients = sum(one.bytes / one.itemsize for one in placed(arch, job) if one.trains) * job.itemsize
+    crossing = 2 * gradients * (place.slices - 1) / place.slices * job.accumulation
     return crossing * place.chip.devices / (place.chip.network_gbs * 1e9)
 
 
