@@ -445,6 +445,21 @@ def test_a_kept_answer_that_is_broken_is_named(compilers, text):
         planned([])
 
 
+@pytest.mark.parametrize("ends, told", [
+    ("kill -9 $$", "ended by SIGKILL: most often because this machine's memory was full"),
+    ("echo Traceback; echo 'ValueError: no'; exit 1", "the compiler stopped: ValueError: no; --dump DIR"),
+    ("exit 1", "the compiler stopped: no output"), ("sleep 30", "needed more than 1 s"),
+])  # fmt: skip
+def test_a_compiler_that_ends_without_an_answer_is_one_message(monkeypatch, tmp_path, ends, told):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\n{ends}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(child))
+    with pytest.raises(RunError, match=told):
+        compiling.compile_for({}, "v5p:2x2x1", {}, tmp_path / "dump", architecture={}, remat="full", total_steps=1,
+                              timeout=1.0 if "sleep" in ends else 60.0)  # fmt: skip
+
+
 # --- many slices, and pages ---
 
 
