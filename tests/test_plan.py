@@ -171,7 +171,6 @@ def test_a_plan_takes_auto_as_train_does():
     ("v5p-8", ["train.batch_size=16", "train.remat=[q,k,v,attention,o,gate,up,down,lora_h]"]),
     ("v5e-8", ["mesh.fsdp=8", "train.batch_size=8"]),
     ("v5p-8", ["train.batch_size=1024"]),
-    ("2xv5e-4", ["mesh.data=2", "train.batch_size=8"]),
 ])  # fmt: skip
 def test_what_is_advised_fits_when_it_is_done(on, overrides):
     made = analytic(*overrides, on=on)

@@ -13,7 +13,7 @@ from runs_helper import run_config
 from gemma_tpu import cli, config
 from gemma_tpu.compiled.links import replica_groups
 from gemma_tpu.errors import UserError
-from gemma_tpu.estimate import budget, roofline
+from gemma_tpu.estimate import advice, budget, roofline
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma import sizes
 from gemma_tpu.gemma.variants import gemma4_31b
@@ -144,6 +144,15 @@ def test_a_fast_plan_of_two_slices_prices_both_and_names_the_network(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["slice"], found["chips"], found["mesh"]["data"]) == ("2xv5p-8", 8, 2)
     assert found["usd"] == pytest.approx(found["hours"] * 8 * 4.20)
+
+
+def test_advice_for_one_slice_takes_the_data_axis_back():
+    two, one = job({"data": 2, "fsdp": 4}), job({"fsdp": 4})
+    place, arch = chips.find("v5p-8"), sizes.architecture("gemma4-31b")
+    asked = config.load("gemma4_31b_v5p8_fast.yaml", ["mesh.data=2", "train.batch_size=8"])
+    memory, estimate = budget.memory(arch, one, place), roofline.estimate(arch, one, place)
+    option = advice.Option("slice", one, place, memory, estimate, auto=False)
+    assert option.overrides(asked, two) == ["mesh.data=1", "mesh.fsdp=4", "mesh.tp=1"]
 
 
 # --- the step ---
