@@ -59,6 +59,7 @@ COMPILED = [
     ("gemma4-31b", "tpu7x-8", job({"fsdp": 4, "tp": 2}, remat=ALL), 37.17),
     ("gemma4-31b", "tpu7x-8", job({"fsdp": 8}, rows=8, remat=ALL), 61.75),
     ("gemma3-4b", "tpu7x-2", job({"fsdp": 2}, rank=16), 12.75),
+    ("gemma4-12b", "tpu7x-8", job({"fsdp": 8}, rows=8, rank=32), 11.74),
     ("gemma4-31b", "2xv5p-8", job({"data": 2, "fsdp": 4}, rows=8, remat=ALL), 66.5),
 ]  # fmt: skip
 

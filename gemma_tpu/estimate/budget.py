@@ -29,7 +29,7 @@ class Fit:
     logits: float = 1.11  # of a chunk's float32 logits
     attention_relaid: float = 0.71  # of the attention weights: copies in the layout that their matmul prefers
     experts_relaid: float = 0.04  # of the routed experts' weights, likewise
-    retiled: float = 1.15  # of all weights in place of these copies, on the chips below
+    retiled: float = 1.3  # of all weights in place of these copies, on the chips below
 
 
 FIT = Fit()
