@@ -19,6 +19,7 @@ FAST = "gemma4_31b_v5p8_fast.yaml"
 PLANS = [
     *((file.stem, file.name, ()) for file in sorted((ROOT / "configs").glob("gemma*.yaml"))),
     ("31b on v5p-32", FAST, ("--on", "v5p-32", "mesh.fsdp=16", "train.batch_size=16")),
+    ("31b on 2xv5p-8", FAST, ("--on", "2xv5p-8", "mesh.data=2", "train.batch_size=8")),
     ("31b on v6e-4", FAST, ("--on", "v6e-4", "mesh.fsdp=1", "mesh.tp=4", "train.batch_size=2")),
     ("31b on v6e-8", FAST, ("--on", "v6e-8", "mesh.fsdp=8", "train.batch_size=8")),
     ("31b on v5e-8", FAST,

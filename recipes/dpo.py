@@ -32,7 +32,7 @@ def main(config: Config) -> dict[str, Any]:
 
     # The mesh, with every head count held against tp before anything is allocated.
     rows = config.train.batch_size // config.train.accumulation
-    sizes = mesh.sizes(config.mesh, model.arch, jax.device_count(), rows)
+    sizes = mesh.sizes(config.mesh, model.arch, jax.device_count(), rows, mesh.slice_count())
     device_mesh = mesh.build(sizes)
     say(mesh.check_heads(model.arch, sizes["tp"], config.mesh.replicate_kv))
 

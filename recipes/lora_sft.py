@@ -31,7 +31,7 @@ def main(config: Config) -> dict[str, Any]:
 
     # The mesh, with every head count held against tp before anything is allocated.
     rows = config.train.batch_size // config.train.accumulation
-    sizes = mesh.sizes(config.mesh, model.arch, jax.device_count(), rows)
+    sizes = mesh.sizes(config.mesh, model.arch, jax.device_count(), rows, mesh.slice_count())
     device_mesh = mesh.build(sizes)
     say(f"mesh: {', '.join(f'{axis}={n}' for axis, n in sizes.items())} on {jax.device_count()} "
         f"{jax.devices()[0].device_kind} device(s)")  # fmt: skip

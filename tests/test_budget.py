@@ -56,6 +56,11 @@ COMPILED = [
     ("gemma4-31b", "v5p-32", job({"fsdp": 16}, rows=16, remat=ALL), 49.1),
     ("gemma4-31b", "v5p-32", job({"fsdp": 16}, rows=16), 12.01),
     ("gemma3-1b", "v6e-1", job({}, rows=2, tokens=2048, rank=32, remat="none"), 21.44),
+    ("gemma4-31b", "tpu7x-8", job({"fsdp": 4, "tp": 2}, remat=ALL), 37.17),
+    ("gemma4-31b", "tpu7x-8", job({"fsdp": 8}, rows=8, remat=ALL), 61.75),
+    ("gemma3-4b", "tpu7x-2", job({"fsdp": 2}, rank=16), 12.75),
+    ("gemma4-12b", "tpu7x-8", job({"fsdp": 8}, rows=8, rank=32), 11.74),
+    ("gemma4-31b", "2xv5p-8", job({"data": 2, "fsdp": 4}, rows=8, remat=ALL), 66.5),
 ]  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def test_every_name_finds_its_own_slice_and_names_differ():
 
 def test_every_figure_has_a_source_and_a_date():
     for chip in chips.chips().values():
-        assert set(chip.sources) == {"speeds", "memory", "prices"}
+        assert set(chip.sources) == {"speeds", "memory", "prices", *(["network"] if chip.network_gbs else [])}
+        assert (chip.network_gbs is not None) == (chip.kind == "tpu")
         assert all(source.text and source.date for source in chip.sources.values()), chip.name
 
 

@@ -27,7 +27,13 @@ def gather(size: float, *groups: tuple[int, ...]) -> Transfer:
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, x=1", ((0, 2), (1, 3))),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, x=1", ((0, 1), (2, 3))),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1','axis_0'}, x=1", ((0, 2, 1, 3),)),
-        ("replica_groups=mesh['axis_0'=4] {'axis_0':(1)2}, x=1", None),
+        ("replica_groups=mesh['axis_0'=4] {'axis_0':(1)2}, x=1", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['axis_0'=4] {'axis_0':(2)2}, x=1", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1':(1)2}, x=1", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}, x=1", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([4]) {'a'}, x=1", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,1,3,2) {'a'}, x=1", None),
+        ("replica_groups=@groups, x=1", None),
     ],
 )
 def test_replica_groups_are_read_in_every_way_of_writing_them(attributes, groups):

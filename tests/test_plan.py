@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import hlo_helper
 import jax
 import pytest
 from runs_helper import ROOT, run_config, train
@@ -14,11 +15,11 @@ from gemma_tpu import cli, config
 from gemma_tpu.data.batches import make_loader
 from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
-from gemma_tpu.errors import UserError
+from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.estimate import advice, budget
 from gemma_tpu.hardware import chips
 from gemma_tpu.planning import calibration as calibrations
-from gemma_tpu.planning import plan, plan_page, plan_text, subject, sweep
+from gemma_tpu.planning import compilation, plan, plan_page, plan_text, subject, sweep
 from gemma_tpu.planning.workload import Workload, workload
 from gemma_tpu.step.job import Job
 from gemma_tpu.training import compiling, program
@@ -35,7 +36,8 @@ PROMISED = {
 
 @pytest.fixture(autouse=True)
 def own_calibrations(tmp_path, monkeypatch):
-    """Nobody's own measurements correct these predictions, nor do these tests touch them."""
+    """Nobody's own measurements correct these predictions, nor do these tests touch them or what compilers said."""
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "plans"))
     monkeypatch.setenv(calibrations.VARIABLE, str(tmp_path / "calibration.json"))
     return tmp_path / "calibration.json"
 
@@ -186,9 +188,17 @@ def test_the_cheapest_change_comes_first_and_a_larger_slice_last():
     kinds = [one.kind for one in made.options]
     assert kinds[0] == "remat" and "accumulation" in kinds and "slice" not in kinds
     too_small = analytic(on="v5e-4")
-    assert [one.kind for one in too_small.options] == ["slice"] * len(too_small.options)
+    assert [one.kind for one in too_small.options] == ["int8", "slice", "slice"]
+    assert "model.quantise=int8" in plan_text.render(too_small)
     assert {one.place.name for one in too_small.options} >= {"v5e-8"}
     assert "--on v5e-8" in plan_text.render(too_small)
+
+
+@pytest.mark.parametrize("changes", [{"quantise": "nf4"}, {"method": "full"}], ids=str)
+def test_an_int8_base_is_no_advice_for_a_base_that_trains_or_is_quantised(changes):
+    model = subject.find_model("models/gemma-4-31B-it")
+    job = Job.of(config.load(FAST), {"fsdp": 4}, "full").change(**changes)
+    assert advice._with_int8(model.architecture, job, chips.find("v5e-4"), 1.0) == []
 
 
 def test_a_plan_that_fits_is_told_what_is_faster_and_nothing_else():
@@ -305,10 +315,11 @@ def test_train_and_plan_lower_the_same_program(base32, tmp_path, monkeypatch):
     trainer = held.pop()
     trained = trainer.program.lower(trainer.state, trainer.program.place(trainer.loader[0]))
 
-    monkeypatch.setattr(compiling, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(compiling, "devices", lambda topology, slices: jax.devices())
     monkeypatch.setattr(program.Program, "compile", lambda self, lowered, more=None: held.append(lowered))
     compiling.main({
-        "config": config.to_dict(chosen), "topology": "", "mesh": {"fsdp": 2, "tp": 2}, "folder": str(tmp_path),
+        "config": config.to_dict(chosen), "topology": "", "slices": 1, "mesh": {"fsdp": 2, "tp": 2},
+        "folder": str(tmp_path),
         "architecture": json.loads((base32 / "config.json").read_text()), "remat": chosen.train.remat,
         "total_steps": trainer.loader.total_steps,
     })  # fmt: skip
@@ -361,7 +372,127 @@ def test_an_out_of_memory_of_the_compiler_is_a_plan_and_not_a_failure(monkeypatc
     assert found["advice"] and found["compile_s"] == 20.0
 
 
+def fake_dump(folder: Path) -> None:
+    """A schedule and a buffer assignment of one small copy, as the compiler leaves them."""
+    stem = "module_0001.jit_train_step.cl_1"
+    (folder / f"{stem}.after_optimizations_after_buffer_assignment.txt").write_text(hlo_helper.text(
+        "%main (x: f32[1000,1000]) -> f32[1000,1000] {\n  %x = f32[1000,1000]{1,0:T(8,128)} parameter(0)\n"
+        "  ROOT %c = f32[1000,1000]{1,0:T(8,128)} copy(%x)\n}", partitions=4))  # fmt: skip
+    (folder / f"{stem}.after_optimizations-buffer-assignment.txt").write_text(
+        "allocation 0: size 4194304, page 0, parameter 0, shape |f32[1000,1000]| at ShapeIndex {}:\n"
+        " value: <0 x @0> (size=4194304,offset=0): f32[1000,1000]{1,0:T(8,128)}\n"
+    )
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """What the compiler was asked for, in place of asking it."""
+    asked = []
+
+    def compile_for(config, topology, mesh, folder, **more):
+        asked.append((topology, mesh))
+        folder.mkdir(parents=True, exist_ok=True)
+        fake_dump(folder)
+        return compiling.Compiled(folder, 12.0)
+
+    monkeypatch.setattr(compiling, "compile_for", compile_for)
+    return asked
+
+
+def planned(say: list[str], *overrides: str, **more: object) -> plan.Plan:
+    chosen = config.load(FAST, overrides)
+    model = subject.find_model(chosen.model.path)
+    return plan.make(chosen, FAST, chips.find("v5p-8"), model, NO_ROWS, say=say.append, suggest=False, **more)
+
+
+def test_what_the_compiler_said_is_kept_and_it_is_not_asked_again(compilers, tmp_path):
+    said: list[str] = []
+    first, second = planned(said), planned(said)
+    assert len(compilers) == 1 and said[0].startswith("compiling") and "as the compiler had it on 20" in said[1]
+    assert second.compilation.kept and not first.compilation.kept
+    assert replace(second.compilation, kept=None) == first.compilation and first.walk.costs and first.step_s > 0
+    assert json.loads(json.dumps(plan.to_json(second))) == json.loads(json.dumps(plan.to_json(first)))
+    assert ", on 20" in plan_text.render(second)
+    planned(said, "lora.rank=32")  # another program
+    planned(said, full=True)  # another question
+    planned(said, dump=tmp_path / "dump")  # who wants the compiler's files gets them
+    assert len(compilers) == 4 and list((tmp_path / "dump").glob("*buffer_assignment.txt"))
+
+
+@pytest.mark.parametrize("thing", ["_versions", "_code"])
+def test_another_compiler_or_another_code_is_asked_anew(compilers, monkeypatch, thing):
+    said: list[str] = []
+    planned(said)
+    monkeypatch.setattr(compilation, thing, lambda: "other")
+    planned(said)
+    assert len(compilers) == 2
+
+
+def test_where_it_cannot_be_kept_the_answer_is_given_all_the_same(compilers, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "file" / "plans"))
+    said: list[str] = []
+    made = planned(said)
+    assert made.walk and any("is not kept" in line and compilation.VARIABLE in line for line in said)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"date": "x", "compilation": {"memory": {"largest": []}, "walk": null}}'])
+def test_a_kept_answer_that_is_broken_is_named(compilers, text):
+    planned([])
+    (file,) = compilation.folder().iterdir()
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"{file.name}.*remove it"):
+        planned([])
+
+
+@pytest.mark.parametrize("ends, told", [
+    ("kill -9 $$", "ended by SIGKILL: most often because this machine's memory was full"),
+    ("echo Traceback; echo 'ValueError: no'; exit 1", "the compiler stopped: ValueError: no; --dump DIR"),
+    ("exit 1", "the compiler stopped: no output"), ("sleep 30", "needed more than 1 s"),
+])  # fmt: skip
+def test_a_compiler_that_ends_without_an_answer_is_one_message(monkeypatch, tmp_path, ends, told):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\n{ends}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(child))
+    with pytest.raises(RunError, match=told):
+        compiling.compile_for({}, "v5p:2x2x1", {}, tmp_path / "dump", architecture={}, remat="full", total_steps=1,
+                              timeout=1.0 if "sleep" in ends else 60.0)  # fmt: skip
+
+
 # --- many slices, and pages ---
+
+
+def test_an_interrupted_sweep_goes_on_and_a_slice_that_fails_is_a_row_that_says_why(compilers, monkeypatch):
+    def sweep_all(say: list[str]) -> list[sweep.Row]:
+        chosen = config.load(FAST)
+        model = subject.find_model(chosen.model.path)
+        return sweep.sweep(chosen, FAST, model, NO_ROWS, compiled=True, dump=None, say=say.append)
+
+    monkeypatch.setattr(sweep, "SLICES", ("v5p-8", "v5p-16", "v6e-4", "h100x8"))
+    real = compiling.compile_for
+
+    def stop(config, topology, *rest, **more):
+        if topology == "v5p:2x2x2":
+            raise KeyboardInterrupt
+        return real(config, topology, *rest, **more)
+
+    monkeypatch.setattr(compiling, "compile_for", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_all([])
+
+    def fail(config, topology, *rest, **more):
+        if topology == "v6e:2x2":
+            raise RunError("the compiler was ended by SIGKILL")
+        return real(config, topology, *rest, **more)
+
+    monkeypatch.setattr(compiling, "compile_for", fail)
+    said: list[str] = []
+    rows = {row.place.name: row for row in sweep_all(said)}
+    assert [topology for topology, _ in compilers] == ["v5p:2x2x1", "v5p:2x2x2"]
+    assert "as the compiler had it" in said[0] and any(line.startswith("2 of 4: compiling") for line in said)
+    assert [row.basis for row in rows.values()] == ["schedule", "schedule", "analytic", "roofline"]
+    assert "note: v6e-4: not compiled: the compiler was ended by SIGKILL" in sweep.render(list(rows.values()), NO_ROWS)
 
 
 @pytest.fixture(scope="module")

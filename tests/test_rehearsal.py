@@ -25,7 +25,7 @@ def rehearsed(base32, compile_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsed")
     file = write_config(folder / "run.yaml", base32, folder / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chips, "of_devices", lambda kind, count: chips.find("v5e-4"))
+        patch.setattr(chips, "of_devices", lambda kind, count, slices=1: chips.find("v5e-4"))
         code = cli.main(["train", str(file), "--rehearse"])
     return SimpleNamespace(code=code, config=run_config(base32, folder / "run"), folder=folder / "run-rehearsal")
 

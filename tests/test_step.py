@@ -24,6 +24,7 @@ from helpers import (
 
 from gemma_tpu.adapter import lora
 from gemma_tpu.gemma import loading
+from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.projection import Base, LoRA
 from gemma_tpu.step import step
 
@@ -223,8 +224,9 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch_and_off_in_evaluatio
 
 
 @pytest.mark.slow
-def test_the_step_runs_sharded_with_the_losses_of_one_device(tiny):
-    """Two updates on 2x2, from PEFT's start, equal two updates on one device."""
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tp": 2}, {"data": 2, "fsdp": 2}], ids=str)
+def test_the_step_runs_sharded_with_the_losses_of_one_device(tiny, sizes):
+    """Two updates on four, from PEFT's start, equal two updates on one device; data is what goes over slices."""
     batch = sheet([[row] for row in random_rows([32, 24], VOCAB)], 32)
 
     def losses(mesh):
@@ -240,6 +242,6 @@ def test_the_step_runs_sharded_with_the_losses_of_one_device(tiny):
             _, second = jitted(state, parts.frozen, micro_batches(batch))
         return np.array([first["loss"], second["loss"]])
 
-    one, four = losses(mesh_of()), losses(mesh_of(2, 2))
+    one, four = losses(mesh_of()), losses(meshes.build(sizes, jax.devices()[:4]))
     assert one[1] < one[0]
     np.testing.assert_allclose(four, one, atol=1e-5)

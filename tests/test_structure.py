@@ -46,7 +46,7 @@ ORDER = listed("""
     sampling: drawing row_drawing decoding sampler asking completions endpoint chat
     training: flags program compiling tracing faults oom meter trackers logbook previews train mirrored
     handoff: blas patch difference card merging layerwise clients verify
-    planning: subject calibration workload plan plan_text sweep plan_page rehearsal
+    planning: subject calibration workload compilation plan plan_text sweep plan_page rehearsal
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring evaluate eval_page
     lite: fields requests programs batch answers metrics engine patience app
@@ -79,7 +79,7 @@ WITHOUT_JAX = listed("""
     sampling: asking endpoint chat
     training: flags compiling faults trackers mirrored
     handoff: blas patch difference card
-    planning: subject calibration workload
+    planning: subject calibration workload compilation
     evaluation: sandbox verilog_code verilog verilog_eval stats samples answering verilog_prompts own_prompts
         scorecard contamination scoring eval_page
     lite: fields requests

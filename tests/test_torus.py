@@ -10,7 +10,7 @@ from gemma_tpu.hardware import torus
 
 def slice_of(x: int, y: int, z: int = 1, cores: int = 1):
     return [
-        SimpleNamespace(coords=(a, b, c), core_on_chip=core)
+        SimpleNamespace(platform="tpu", coords=(a, b, c), core_on_chip=core)
         for c in range(z) for b in range(y) for a in range(x) for core in range(cores)
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ The hand-written chip does 100 TFLOP/s, 1000 GB/s in HBM and 10 GB/s on one link
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,32 @@ def test_an_offloaded_collective_begins_when_its_operand_comes(run):
     assert not found.unknown
 
 
+@pytest.mark.parametrize("products", [3, 8])
+def test_a_sum_with_the_other_slices_is_waited_for_at_its_end(products, tmp_path):
+    """As the compiler writes it: the program of one slice, and a send and a recv through the hosts."""
+    across = ('is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+              '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
+    state = f"({PERMUTED}, u32[], token[])"
+    file = tmp_path / "m.after_optimizations_after_buffer_assignment.txt"
+    file.write_text(text(DOT, entry(
+        PART,
+        "%after-all = token[] after-all()",
+        f"%send = {state} send(%p, %after-all), channel_id=2, {across}",
+        f"%recv = {state} recv(%after-all), channel_id=1, {across}",
+        *(f"%f.{at} = {MILLISECOND}" for at in range(products)),
+        "%sent = token[] send-done(%send), channel_id=2, is_host_transfer=true",
+        f"ROOT %done = ({PERMUTED}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true",
+    ), partitions=4))  # fmt: skip
+    one = place("2x2")
+    chip = replace(one.chip, network_gbs=6.0, sources={"network": "a test"})
+    found = walk(file, replace(one, chip=chip).times(3))
+    alone = 2 * 2 / 3 * 8388608 * 4 / 6e9  # 7.5 ms: round a ring of three slices
+    assert found.seconds == pytest.approx(max(products * 1e-3, alone))
+    assert found.by_kind.get("network", 0.0) == pytest.approx(max(0.0, alone - products * 1e-3))
+    assert found.hidden_seconds == pytest.approx(min(alone, products * 1e-3)) and not found.unknown
+    assert any("network between slices: 6 GB/s a chip" in one for one in found.assumptions)
+
+
 # 125,000,000 x 4 bytes from HBM to VMEM: 0.5 ms
 SOURCE = "%h = f32[125000,1000]{1,0:T(1,1000)} parameter(2)"
 COPY = "f32[125000,1000]{1,0:T(1,1000)S(1)}"
@@ -419,7 +446,7 @@ def test_kernels_and_calls_that_are_not_known_are_listed_and_counted_by_bytes(ru
 
 
 def test_groups_that_are_not_understood_are_listed(run):
-    groups = "replica_groups=mesh['axis_0'=4] {'axis_0':(1)2}, dimensions={0}"
+    groups = "replica_groups=@somewhere, dimensions={0}"
     found = run(entry(PART, f"ROOT %g = {GATHER_OUT} all-gather(%p), channel_id=1, {groups}"), topology="2x2")
     assert found.seconds == 0 and any("groups were not understood" in one for one in found.unknown)
 

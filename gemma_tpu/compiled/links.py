@@ -19,6 +19,7 @@ from gemma_tpu.hardware.chips import Slice
 Link = tuple[int, int]  # a directed link, from chip to chip; (chip, chip) is between the devices of one chip
 Shares = dict[Link, float]  # what part of a device's bytes goes over each link
 DIE_LINKS = 6  # the devices of one chip exchange at six times one link (tpu7x)
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0): 0 to 7 as 2 x 4, read by columns
 BOX_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-broadcast")
 
 
@@ -199,22 +200,47 @@ def replica_groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], .
     if listed:
         found = tuple(tuple(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", listed[1]))
         return found or (tuple(range(partitions)),)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes)
     if iota:
-        dims = [int(part) for part in iota[3].split(",")]
-        turned = [int(part) for part in iota[4].split(",")] if iota[4] else list(range(len(dims)))
-        flat = _transposed(dims, turned)
-        size = int(iota[2])
-        return tuple(tuple(flat[at : at + size]) for at in range(0, len(flat), size))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
-    if mesh and ":" not in mesh[2]:
+        return _grouped(_iota(iota[3], iota[4]), int(iota[2]))
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? ?\{{([^}}]*)\}}", attributes)
+    if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        names, axes = list(sizes), re.findall(r"'([^']+)'", mesh[2])
-        turned = [names.index(name) for name in names if name not in axes] + [names.index(name) for name in axes]
-        flat = _transposed(list(sizes.values()), turned)
-        size = math.prod(sizes[name] for name in axes)
-        return tuple(tuple(flat[at : at + size]) for at in range(0, len(flat), size))
+        dims, chosen = _mesh_dims(sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[4]))
+        flat = _transposed(dims, [at for at in range(len(dims)) if at not in chosen] + chosen)
+        if mesh[2]:  # the mesh has its devices in another order than that of their numbers
+            ids = _iota(mesh[2], mesh[3])
+            flat = [ids[at] for at in flat]
+        return _grouped(flat, math.prod(dims[at] for at in chosen))
     return None
+
+
+
+
+
+def _iota(dims: str, order: str | None) -> list[int]:
+    shape = list(map(int, dims.split(",")))
+    return _transposed(shape, list(map(int, order.split(","))) if order else list(range(len(shape))))
+
+
+def _grouped(flat: list[int], size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(flat[at : at + size]) for at in range(0, len(flat), size))
+
+
+def _mesh_dims(sizes: dict[str, int], asked: Sequence[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
+    """The axes of a mesh cut where a group takes a part of one, and which of these dims the group is over.
+
+    'x':(m)k is the part of k behind the m that count slower: x is [m, k, the rest].
+    """
+    parts = [(name, int(before or 1), int(before or 1) * int(size or sizes[name])) for name, before, size in asked]
+    spans: list[tuple[str, int, int]] = []
+    for name, whole in sizes.items():
+        cuts = sorted({1, whole, *(cut for axis, *ends in parts if axis == name for cut in ends)})
+        spans += [(name, low, high) for low, high in itertools.pairwise(cuts)] or [(name, 1, 1)]
+    dims = [high // low for _, low, high in spans]
+    chosen = [at for axis, low, high in parts for at, (name, start, end) in enumerate(spans)
+              if name == axis and low <= start and end <= high]  # fmt: skip
+    return dims, chosen
 
 
 def _transposed(dims: list[int], turned: list[int]) -> list[int]:

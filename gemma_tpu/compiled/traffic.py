@@ -14,7 +14,7 @@ FREE = frozenset(
     add-dependency optimization-barrier""".split()
 )
 FREE_CALLS = frozenset(
-    """AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound NopReturnToken Sharding SPMDFullToShardShape
+    """AllocateBuffer ConcatBitcast SliceId AssumeGatherIndicesInBound NopReturnToken Sharding SPMDFullToShardShape
     SPMDShardToFullShape AsyncCollectiveStart AsyncCollectiveDone""".split()
 )
 

@@ -23,6 +23,8 @@ SCHEDULE = "*after_optimizations_after_buffer_assignment.txt"
 CODEGEN = "*after_codegen.txt"  # the same schedule after code generation, with the compiler's cycles
 HOST_GBS = 16.0  # one chip's share of the way to the host's memory, one direction
 HOST_LINK = "host"
+SLICE_IDS = 100_000  # the compiler numbers the devices of several slices from 100000, from 200000 and so on
+NETWORK_LINK = "network"  # to the other slices
 # From the peak over what the matrix units do in a cycle: 4 of 128 x 128 (v5e), 8 (v5p), 4 of 256 x 256 a core.
 CLOCK_GHZ = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
 ASSUMPTIONS = (
@@ -68,7 +70,7 @@ def walk(files: Path | Sequence[Path], place: Slice, clock_ghz: float | None = N
     module = hlo.load(main)
     clock = clock_ghz or CLOCK_GHZ.get(place.chip.name)
     works = Works(module, place, clock)
-    grid = links.Grid(place, *physical(main))
+    grid = links.Grid(place.each, *physical(main))  # of several slices the program is that of one
     grid.keep_distinct(works.transfers())
     walker = Walker(module, place, works, grid)
     found = walker.walk()
@@ -101,8 +103,17 @@ def physical(main: Path) -> tuple[tuple[bool, ...] | None, tuple[int, ...] | Non
         found = re.search(r"\bwrap \{([^}]*)\}", target.read_text())
         wrap = tuple(bool(re.search(rf"\b{axis}: true", found[1])) for axis in "xyz") if found else None
     if options.exists():
-        order = tuple(map(int, re.findall(r"replica_device_ids: (\d+)", options.read_text()))) or None
+        ids = map(int, re.findall(r"replica_device_ids: (\d+)", options.read_text()))
+        order = tuple(one % SLICE_IDS for one in ids if one < 2 * SLICE_IDS) or None
     return wrap, order
+
+
+def _rendezvous(each: Instruction) -> tuple[str, str]:
+    """Of a send or recv between slices: the name that both carry, and what the slices do with the data."""
+    found = [re.search(rf'{key}="([^"]*)"', each.attributes)
+             for key in ("_xla_host_transfer_rendezvous", "_xla_megascale_transfer_type")]  # fmt: skip
+    name, kind = (one[1] if one else "unnamed" for one in found)
+    return name, kind
 
 
 class Walker:
@@ -149,6 +160,12 @@ class Walker:
                 self._loop(each, here, times, carried)
             elif each.opcode in ("call", "conditional"):
                 self._branches(each, times)
+            elif self.place.slices > 1 and each.opcode in ("recv", "send-done"):
+                pass  # the send and the recv-done are looked at
+            elif self.place.slices > 1 and each.opcode == "send":
+                self._send_across(each, here, times)
+            elif self.place.slices > 1 and each.opcode == "recv-done":
+                self._received_across(each, here, times)
             elif each.opcode.endswith("-done") or self.works.end(each) == "AsyncCollectiveDone":
                 self._done(each, here, times, carried)
             elif each.opcode.endswith(("-start", "-update")) or self.works.end(each) == "AsyncCollectiveStart":
@@ -231,6 +248,31 @@ class Walker:
         self.links += transfer.bytes * times
         alone = max(loads.values(), default=0.0)
         self.time.start(key, Pending(name, "collective", alone, transfer.bytes, self.time.send(loads)))
+
+    def _send_across(self, each: Instruction, here: Computation, times: int) -> None:
+        """A sum with the other slices begins with its send; the end of the recv of the same name waits for it."""
+        key, kind = _rendezvous(each)
+        if kind != "ALL_REDUCE":
+            self.unknown[f"{kind} between slices, taken for an all-reduce"] += times
+        count, chip = self.place.slices, self.place.chip
+        moved = 2 * (count - 1) / count * sum(shape.bytes for shape in shapes_of(each, here))
+        alone = moved * chip.devices / (chip.network_gbs * 1e9)
+        self.totals["links"] += moved * times
+        self.assumptions[
+            f"the network between slices: {chip.network_gbs:g} GB/s a chip ({chip.sources['network']}); a sum goes "
+            "round the slices as a ring, and the way through the hosts costs nothing"
+        ] = None
+        made = Pending(f"sum over the slices, {key}", "network", alone, moved, self.time.send({NETWORK_LINK: alone}))
+        self.time.start(key, made)
+
+    def _received_across(self, each: Instruction, here: Computation, times: int) -> None:
+        made = self.time.take(_rendezvous(here.by_name[each.operands[0]])[0])
+        if made is None:
+            self.unknown["recv-done whose send was not found"] += times
+            return
+        waited = self.time.finish(made.transfer)
+        self.totals["hidden"] += max(0.0, made.alone - waited) * times
+        self._add(made.name, "network", waited * times, times, 0.0, made.bytes)
 
     def _copy(self, key: str, begun: Instruction, each: Instruction, here: Computation, times: int) -> None:
         """A copy in the background: in the queue for HBM, or on the way to the host's memory."""

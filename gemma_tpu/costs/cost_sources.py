@@ -91,7 +91,7 @@ def _of_run(path: Path, on: str | None) -> tuple[Training, str]:
     if not rows:
         raise UserError(f"{path}: no update has been measured there yet")
     kind, count = summary.get("device_kind"), summary.get("devices")
-    place = chips.of_devices(kind, count) if kind and count else None
+    place = chips.of_devices(kind, count, summary.get("slices", 1)) if kind and count else None
     if on is not None:
         asked = chips.find(on)
         if kind and asked != place:

@@ -107,7 +107,7 @@ def _room(peak: budget.Memory, place: Slice) -> str:
 class Option:
     """Another way to compute the same updates: what to set, where, and what is predicted of it."""
 
-    kind: str  # remat, accumulation, mesh, slice
+    kind: str  # remat, accumulation, mesh, int8, slice
     job: Job
     place: Slice
     memory: budget.Memory
@@ -124,9 +124,12 @@ class Option:
         if self.job.accumulation != config.train.accumulation:
             found.append(f"train.accumulation={self.job.accumulation}")
         if self.job.mesh != now.mesh:
-            found += [f"mesh.{axis}={size}" for axis, size in self.job.mesh if size > 1 or axis in ("fsdp", "tp")]
+            axes = {"fsdp", "tp", *(axis for axis, size in (*self.job.mesh, *now.mesh) if size > 1)}
+            found += [f"mesh.{axis}={size}" for axis, size in self.job.mesh if axis in axes]
         if self.job.replicate_kv and not config.mesh.replicate_kv:
             found.append("mesh.replicate_kv=true")
+        if self.job.quantise != now.quantise:
+            found.append(f"model.quantise={self.job.quantise}")
         return found
 
 
@@ -135,6 +138,7 @@ def apply(config: Config, job: Job) -> Config:
     axes = {axis: job.size(axis) for axis in MESH_AXES}
     return replace(
         config,
+        model=replace(config.model, quantise=job.quantise),
         mesh=replace(config.mesh, auto=False, replicate_kv=job.replicate_kv, **axes),
         train=replace(config.train, accumulation=job.accumulation, remat=job.remat),
     )
@@ -148,13 +152,15 @@ def option(kind: str, architecture: Architecture, job: Job, place: Slice) -> Opt
 
 
 def fixes(architecture: Architecture, job: Job, place: Slice, bias: float = 1.0) -> Iterator[Option]:
-    """Ways that fit, for a job that does not: the cheapest first, on the same slice as long as there is one."""
+    """Ways that fit, for a job that does not: the cheapest first. A coarser base comes after all that change no
+    result, and another slice where none of those fits."""
     found = [
         *with_remat(architecture, job, place, "remat", bias),
         *_with_accumulation(architecture, job, place, bias),
         *_with_other_mesh(architecture, job, place, bias),
     ]
     yield from found
+    yield from _with_int8(architecture, job, place, bias)
     if not found:
         larger = [one for one in slices() if one.chip.name == place.chip.name and one.devices > place.devices]
         others = [one for one in slices() if one.chip.name != place.chip.name and one.chip.kind == place.chip.kind]
@@ -200,6 +206,16 @@ def _smaller_batches(job: Job) -> Iterator[Job]:
 def _with_other_mesh(architecture: Architecture, job: Job, place: Slice, bias: float) -> list[Option]:
     here = [one for one in every_mesh(architecture, job, place, bias) if one.job.mesh != job.mesh]
     return sorted(here, key=lambda one: -one.estimate.tokens_per_s)[:2]
+
+
+def _with_int8(architecture: Architecture, job: Job, place: Slice, bias: float) -> list[Option]:
+    """The frozen base in eight bits: with this mesh if it fits, else with the best."""
+    if job.method == "full" or job.quantise is not None:
+        return []
+    smaller = job.change(quantise="int8")
+    here = with_remat(architecture, smaller, place, "int8", bias)
+    best = None if here else best_on(architecture, smaller, place, bias)
+    return here or ([replace(best, kind="int8")] if best else [])
 
 
 def best_on(architecture: Architecture, job: Job, place: Slice, bias: float = 1.0) -> Option | None:

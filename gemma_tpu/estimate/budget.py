@@ -8,7 +8,7 @@ Nothing here imports JAX until it is asked for a number.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_tpu.errors import UserError
@@ -29,9 +29,13 @@ class Fit:
     logits: float = 1.11  # of a chunk's float32 logits
     attention_relaid: float = 0.71  # of the attention weights: copies in the layout that their matmul prefers
     experts_relaid: float = 0.04  # of the routed experts' weights, likewise
+    retiled: float = 1.3  # of all weights in place of these copies, on the chips below
 
 
 FIT = Fit()
+# Matmuls of tpu7x want bfloat16 in tiles of 16 rows. Arguments come in tiles of 8, the default, so that the compiler
+# keeps a second copy of every frozen weight beside the first.
+RETILES = ("tpu7x",)
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,6 @@ def memory(arch: Architecture, job: Job, place: Slice | None = None, fit: Fit = 
     layer = arch.layers[widest]
     named = activations(arch, layer, job).items()
     passing = sum(size for name, size in named if not job.keeps(name)) + unnamed(arch, layer, job)
-    attention = sum(one.bytes for one in variables if _is_weight(one, ".attention.")) / GIB
-    experts = sum(one.bytes for one in variables if _is_weight(one, ".experts.")) / GIB
     return Memory(
         weights=trained if full else frozen,
         lora=0.0 if full else trained,
@@ -173,11 +175,19 @@ def memory(arch: Architecture, job: Job, place: Slice | None = None, fit: Fit = 
         gradients=fit.gradients * trained,
         saved=saved(arch, job),
         gathered=fit.layers_gathered * whole / GIB if job.size("fsdp") > 1 else 0.0,
-        relaid=fit.attention_relaid * attention + fit.experts_relaid * experts,
+        relaid=_relaid(variables, place, fit),
         recomputed=fit.recomputed * passing / GIB,
         logits=fit.logits * logits_chunk(arch, job) / GIB,
         limit=math.inf if place is None else place.chip.device_hbm_gib,
     )
+
+
+def _relaid(variables: Sequence[Variable], place: Slice | None, fit: Fit) -> float:
+    if place is not None and place.chip.name in RETILES:
+        return fit.retiled * sum(one.bytes for one in variables if not one.trains and one.itemsize == 2) / GIB
+    attention = sum(one.bytes for one in variables if _is_weight(one, ".attention."))
+    experts = sum(one.bytes for one in variables if _is_weight(one, ".experts."))
+    return (fit.attention_relaid * attention + fit.experts_relaid * experts) / GIB
 
 
 def _is_weight(one: Variable, part: str) -> bool:
@@ -201,12 +211,13 @@ class MeshChoice:
 
 
 def valid_meshes(arch: Architecture, place: Slice, job: Job) -> list[MeshChoice]:
-    """Every (fsdp, tp, expert) whose product is the slice's devices, held against the rules of a run."""
+    """Every (fsdp, tp, expert) whose product is the slice's devices, held against the rules of a run; several slices
+    are one data axis."""
     counts = [layer.experts.count for layer in arch.layers if layer.experts]
-    found = []
-    for expert in _divisors(place.devices) if counts else [1]:
-        for tp in _divisors(place.devices // expert):
-            sizes = {"data": 1, "fsdp": place.devices // expert // tp, "expert": expert, "tp": tp}
+    found, each = [], place.devices // place.slices
+    for expert in _divisors(each) if counts else [1]:
+        for tp in _divisors(each // expert):
+            sizes = {"data": place.slices, "fsdp": each // expert // tp, "expert": expert, "tp": tp}
             found.append(MeshChoice(sizes, _refusal(arch, job.change(mesh=sizes))))
     return found
 

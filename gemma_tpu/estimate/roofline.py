@@ -177,6 +177,7 @@ def estimate(arch: Architecture, job: Job, place: Slice, pace: Pace = PACE) -> E
         "memory": _bytes(arch, job, pace, tokens) / bandwidth,
         "fsdp links": pace.exposed_fsdp * _fsdp_seconds(arch, job, place),
         "tp links": pace.exposed_tp * _tp_seconds(arch, job, place, pace, done),
+        "network": _network_seconds(arch, job, place),
     }
     step = sum(parts.values())
     rate = job.tokens_per_update / step
@@ -221,6 +222,16 @@ def _tp_seconds(arch: Architecture, job: Job, place: Slice, pace: Pace, done: Wo
     return times * len(arch.layers) * stream * job.accumulation / _link_bandwidth(place, count)
 
 
+def _network_seconds(arch: Architecture, job: Job, place: Slice) -> float:
+    """Gradients of what trains, in the dtype of the matmuls that made them, summed over the slices once in every
+    micro-batch: the compiler does it layer by layer, in the backward pass. Nothing else crosses the network."""
+    if place.slices == 1:
+        return 0.0
+    gradients = sum(one.bytes / one.itemsize for one in placed(arch, job) if one.trains) * job.itemsize
+    crossing = 2 * gradients * (place.slices - 1) / place.slices * job.accumulation
+    return crossing * place.chip.devices / (place.chip.network_gbs * 1e9)
+
+
 def _link_bandwidth(place: Slice, count: int) -> float:
     """Bytes a second that one device receives in a collective over `count` devices."""
     chip = place.chip
@@ -230,7 +241,7 @@ def _link_bandwidth(place: Slice, count: int) -> float:
     # Sides of 4 close to rings in three dims, sides of 16 in two; the ends of an open side have one link.
     ring = 4 if len(sides) == 3 else 16
     links = sum(2 if side % ring == 0 else 1 for side in sides if side > 1)
-    links = max(1, min(links, count // 2, 2 if count < place.devices else links))
+    links = max(1, min(links, count // 2, 2 if count < place.devices // place.slices else links))
     return links * chip.link_gbs * 1e9
 
 
@@ -249,6 +260,11 @@ def _assumptions(place: Slice, pace: Pace, job: Job) -> tuple[str, ...]:
         lines.append(f"{pace.exposed_fsdp:.0%} of the time of fsdp's weight gathers is waited for")
     if job.size("tp") > 1:
         lines.append(f"{pace.exposed_tp:.0%} of the time of tp's gathers and scatters is waited for")
+    if place.slices > 1:
+        lines.append(
+            f"the network between slices: {place.chip.network_gbs:g} GB/s a chip ({place.chip.sources['network']}), "
+            "nothing of it beside compute"
+        )
     if job.dtype != "bfloat16":
         lines.append(f"float32 products take {FLOAT32_PASSES} passes of bf16")
     if place.chip.kind == "gpu":

@@ -50,8 +50,14 @@ def build(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None)
     devices = list(jax.devices()) if devices is None else list(devices)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     check_product(dict(zip(AXES, shape, strict=True)), len(devices))
+    check_slices(dict(zip(AXES, shape, strict=True)), torus.slices(devices))
     placed = torus.arrange(devices, shape) if devices[0].platform == "tpu" else np.array(devices).reshape(shape)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def slice_count() -> int:
+    """TPU slices that this run's devices are of."""
+    return torus.slices(jax.devices())
 
 
 def check_product(sizes: Mapping[str, int], device_count: int) -> None:
@@ -61,6 +67,16 @@ def check_product(sizes: Mapping[str, int], device_count: int) -> None:
         raise UserError(
             f"mesh: {named} = {product}, but there are {device_count} devices; the product must equal the device "
             f"count. Valid (fsdp, tp) here: {', '.join(map(str, factor_pairs(device_count)))}"
+        )
+
+
+def check_slices(sizes: Mapping[str, int], slices: int) -> None:
+    """Only the data axis, which moves the gradients of what trains, may cross the network between slices."""
+    data = sizes.get("data", 1)
+    if data % slices:
+        raise UserError(
+            f"mesh.data={data} on {slices} slices: it must be a multiple of {slices}, because nothing but the data "
+            f"axis may cross the network between slices; set mesh.data={slices} and divide the others"
         )
 
 
@@ -130,26 +146,33 @@ def _replication_hint(arch: Architecture, tp: int) -> str:
     return f"; or mesh.replicate_kv=true, which copies the KV heads to every device and allows tp={tp}"
 
 
-def choose(arch: Architecture, device_count: int, rows: int, replicate_kv: bool = False) -> dict[str, int]:
-    """`mesh: auto`: as much fsdp as the rows of a micro-batch can feed, the rest tp, heads permitting."""
-    for fsdp, tp in factor_pairs(device_count):
-        if rows % fsdp == 0 and not _offenders(head_table(arch, tp), replicate_kv):
-            return {"data": 1, "fsdp": fsdp, "expert": 1, "tp": tp}
+def choose(
+    arch: Architecture, device_count: int, rows: int, replicate_kv: bool = False, slices: int = 1
+) -> dict[str, int]:
+    """`mesh: auto`: data over the slices; in each as much fsdp as the rows of a micro-batch can feed, the rest tp,
+    heads permitting."""
+    for fsdp, tp in factor_pairs(device_count // slices):
+        if rows % (slices * fsdp) == 0 and not _offenders(head_table(arch, tp), replicate_kv):
+            return {"data": slices, "fsdp": fsdp, "expert": 1, "tp": tp}
+    over = f"{slices} slices x fsdp" if slices > 1 else "fsdp"
     raise UserError(
-        f"mesh: auto finds no mesh for {device_count} devices: {rows} rows per micro-batch must divide by fsdp, and "
+        f"mesh: auto finds no mesh for {device_count} devices: {rows} rows per micro-batch must divide by {over}, and "
         f"tp must be one of {tp_choices(arch, replicate_kv, arch.heads)}; change train.batch_size"
     )
 
 
-def sizes(section: MeshConfig, arch: Architecture, device_count: int, rows: int) -> dict[str, int]:
+def sizes(
+    section: MeshConfig, arch: Architecture, device_count: int, rows: int, slices: int = 1
+) -> dict[str, int]:
     """The mesh that a config asks for, checked against the devices, the heads and the rows of a micro-batch."""
     if section.auto:
-        chosen = choose(arch, device_count, rows, section.replicate_kv)
+        chosen = choose(arch, device_count, rows, section.replicate_kv, slices)
         check_experts(arch, chosen)
         return chosen
     chosen = {axis: getattr(section, axis) for axis in AXES}
     check_experts(arch, chosen)
     check_product(chosen, device_count)
+    check_slices(chosen, slices)
     check_heads(arch, section.tp, section.replicate_kv)
     check_rows(rows, chosen)
     return chosen

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Chip:
     slices: tuple[str, ...]
     usd: float | None  # an hour on demand; None: not known
     spot_usd: tuple[float, float] | None  # lowest, highest
-    sources: Mapping[str, Source]  # "speeds", "memory", "prices"
+    sources: Mapping[str, Source]  # "speeds", "memory", "prices", "network"
+    network_gbs: float | None = None  # to chips of other slices; None: not known
 
     @property
     def device_bf16_tflops(self) -> float:
@@ -76,12 +77,14 @@ class Chip:
 
 @dataclass(frozen=True)
 class Slice:
-    """Some chips of one kind joined by links: what a run rents."""
+    """Some chips of one kind joined by links: what a run rents. Of several such slices (2xv5p-8) all are one place:
+    what they exchange goes over the data-centre network."""
 
     name: str  # v5p-8
     chip: Chip
-    chips: int
-    topology: str  # 2x2x1; of GPUs, their number
+    chips: int  # of all slices
+    topology: str  # 2x2x1, of each slice; of GPUs, their number
+    slices: int = 1
 
     @property
     def devices(self) -> int:
@@ -89,7 +92,7 @@ class Slice:
 
     @property
     def compiler_name(self) -> str | None:
-        """What the TPU compiler calls it; None for GPUs, which it does not compile for."""
+        """What the TPU compiler calls it, each of several; None for GPUs, which it does not compile for."""
         return f"{self.chip.name}:{self.topology}" if self.chip.kind == "tpu" else None
 
     @property
@@ -104,9 +107,21 @@ class Slice:
         low, high = self.chip.spot_usd
         return low * self.chips, high * self.chips
 
+    @property
+    def each(self) -> "Slice":
+        """One of them."""
+        return self if self.slices == 1 else self.chip.slice(self.topology)
+
+    def times(self, count: int) -> "Slice":
+        """So many of this slice over the data-centre network."""
+        if count == 1:
+            return self
+        return replace(self, name=f"{count}x{self.name}", chips=count * self.chips, slices=count)
+
     def __str__(self) -> str:
         many = "chip" if self.chips == 1 else "chips"
         shape = f", {self.topology}" if self.chip.kind == "tpu" else ""
+        shape += " each" if self.slices > 1 else ""
         return f"{self.name} ({self.chips} {many}{shape})"
 
 
@@ -124,8 +139,11 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Slice:
-    """The slice of this name: v5p-8, the cloud's v5litepod-8, or the compiler's v5p:2x2x1."""
+    """The slice of this name: v5p-8, the cloud's v5litepod-8, or the compiler's v5p:2x2x1; 2xv5p-8 is two of them."""
     wanted = name.strip().lower()
+    several = re.fullmatch(r"(\d+)x([a-z].*)", wanted)
+    if several:
+        return _several(name, int(several[1]), find(several[2]))
     known: dict[str, Slice] = {}
     for one in slices():
         known[one.name.lower()] = one
@@ -138,8 +156,25 @@ def find(name: str) -> Slice:
     return known[wanted]
 
 
-def of_devices(device_kind: str, count: int) -> Slice | None:
-    """The slice that so many devices of this kind are; None for a CPU or a chip that is not in the table."""
+def _several(name: str, count: int, place: Slice) -> Slice:
+    if place.chip.kind != "tpu":
+        raise UserError(f"{name!r}: several slices are for TPUs; of {place.chip.name} the most is one machine")
+    if count == 0:
+        raise UserError(f"{name!r}: no slice at all; Nx{place.name} is N slices of it, from 1")
+    if count > 1 and place.chip.network_gbs is None:
+        raise UserError(
+            f"{name!r}: chips.{place.chip.name}.network_gbs is not known, the 10^9 bytes a second from one chip to "
+            f"other slices; give it in a file that {VARIABLE} names"
+        )
+    return place.times(count)
+
+
+def of_devices(device_kind: str, count: int, slices: int = 1) -> Slice | None:
+    """The slice, or the several, that so many devices of this kind are; None for a CPU or a chip that is not in the
+    table."""
+    if slices > 1:
+        one = of_devices(device_kind, count // slices)
+        return one and one.times(slices)
     words = re.split(r"[\s-]+", device_kind)
     for chip in chips().values():
         if device_kind == chip.device_kind or chip.kind == "gpu" and chip.device_kind in words:
@@ -211,7 +246,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a value must be,
     "kind": ("tpu or gpu", lambda value: value in ("tpu", "gpu")),
     "device_kind": ("text", lambda value: isinstance(value, str) and value != ""),
     **{key: (_NUMBER, _positive) for key in ("bf16_tflops", "hbm_gib", "hbm_gbs", "link_gbs")},
-    "int8_tflops": (f"{_NUMBER}, or null", _price),
+    **{key: (f"{_NUMBER}, or null", _price) for key in ("int8_tflops", "network_gbs")},
     **{key: (_WHOLE, _whole) for key in ("links", "devices", "name_counts")},
     "aliases": ("a list of text", _words),
     "slices": ('a list of topologies like "2x2x1" (of GPUs, of counts like "8")', _topologies),
@@ -223,6 +258,7 @@ _GROUPS = {
     "memory": ("hbm_gib",),
     "prices": ("usd", "spot_usd"),
     "speeds": ("bf16_tflops", "int8_tflops", "hbm_gbs", "links", "link_gbs"),
+    "network": ("network_gbs",),
 }
 
 
@@ -270,7 +306,7 @@ def _problems(table: Mapping[str, Any], given: Any) -> Iterator[str]:
             yield f"chips.{name}: must be a mapping of keys like usd"
             continue
         yield from _chip_problems(name, changes)
-        missing = [key for key in _KEYS if key not in changes and key != "sources"]
+        missing = [key for key in _KEYS if key not in changes and key not in ("sources", "network_gbs")]
         if name not in table and missing:
             known = ", ".join(table)
             yield f"chips.{name}: a new chip (known: {known}) needs every key; missing: {', '.join(missing)}"

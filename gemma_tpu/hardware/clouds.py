@@ -38,6 +38,12 @@ def region_of(zone: str) -> str:
 
 
 def machine_of(place: Slice) -> Machine:
+    if place.slices > 1:
+        raise UserError(
+            f"{place.name}: launch creates one slice; create the {place.slices} by hand (one queued resource with "
+            f"--node-count {place.slices}, or a JobSet with {place.slices} replicas) and run `gemma-tpu train` on "
+            "every host of them"
+        )
     tpus = overlay.load("clouds.yaml", VARIABLE, open_at=("tpus",))["tpus"]
     one = tpus.get(place.chip.name)
     if one is None:

@@ -5,7 +5,7 @@ chips use at the same time: on a 2x2 slice the plain order of the devices crosse
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,29 @@ Place = tuple[int, ...]  # x, y, z of the chip, and the core on it
 Key = Callable[[int], tuple[int, ...]]  # what to sort by, of the number of a device
 
 
+def slices(devices: Iterable[Any]) -> int:
+    """How many TPU slices these devices are of."""
+    return len({_slice(device) for device in devices})
+
+
+def _slice(device: Any) -> int:
+    # A TPU slice alone says nothing; elsewhere the word means hosts.
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
 def arrange(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
-    """The devices of a TPU slice in the shape of the mesh; of several good orders, the one with the shortest rings."""
+    """The devices of a TPU slice in the shape of the mesh; of several good orders, the one with the shortest rings.
+
+    Of several slices the first axis is divided among them, so that it alone crosses the network.
+    """
+    by_slice: dict[int, list[Any]] = {}
+    for device in devices:
+        by_slice.setdefault(_slice(device), []).append(device)
+    each = (shape[0] // len(by_slice), *shape[1:])
+    return np.concatenate([_arrange_one(by_slice[index], each) for index in sorted(by_slice)])
+
+
+def _arrange_one(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
     places = [_place(device) for device in devices]
     return min(
         (np.array([devices[i] for i in order], dtype=object).reshape(shape) for order in _orders(places)),

@@ -126,7 +126,7 @@ def measure(run_dir: Path) -> Measured:
         step_s=statistics.median(row["tokens"] / row["tokens_per_s"] for row in rows),
         tokens_per_s=statistics.median(row["tokens_per_s"] for row in rows),
         updates=len(rows),
-        place=chips.of_devices(device, count) if device and count else None,
+        place=chips.of_devices(device, count, summary.get("slices", 1)) if device and count else None,
         device=f"{count} x {device}" if device else None,
     )
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tpu import config as configs
-from gemma_tpu.compiled import buffers, hlo
-from gemma_tpu.compiled.walk import Walk, schedule, walk
+from gemma_tpu.compiled.walk import Walk
 from gemma_tpu.errors import UserError
 from gemma_tpu.estimate import advice, budget, roofline
-from gemma_tpu.estimate.budget import GIB, MeshChoice
+from gemma_tpu.estimate.budget import MeshChoice
 from gemma_tpu.hardware.chips import Slice
-from gemma_tpu.planning import calibration
+from gemma_tpu.planning import calibration, compilation
 from gemma_tpu.planning.calibration import Calibration
+from gemma_tpu.planning.compilation import Compilation
 from gemma_tpu.planning.subject import Subject
 from gemma_tpu.planning.workload import Workload
 from gemma_tpu.schema import Config
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 ANALYTIC = 0.10  # how far the analytic memory may be from the compiler's
 WORTH = 1.02  # how much faster a suggestion must be to be made
 UNKNOWN_STEPS = 1000  # of the learning rate's schedule, where nothing tells how long the run is
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """What the TPU compiler said of the step. No walk, where it refused before there was a schedule."""
-
-    seconds: float
-    peak_gib: float  # of one device
-    limit_gib: float
-    memory: buffers.Memory | None
-    walk: Walk | None
 
 
 @dataclass(frozen=True)
@@ -163,9 +152,7 @@ def make(
     if compiled and place.compiler_name is None:
         say(f"note: {place.name} is a GPU, which the TPU compiler knows nothing of: analytic alone")
     elif compiled:
-        with _folder(dump) as folder:
-            say(f"compiling the train step for {place.name} by the TPU compiler on this machine ...")
-            plan = _corrected(replace(plan, compilation=_compile(plan, folder, full), full=full))
+        plan = _corrected(replace(plan, compilation=_compile(plan, dump, full, say), full=full))
     return replace(plan, options=tuple(_options(plan))) if suggest else plan
 
 
@@ -185,7 +172,7 @@ def _analytic(config: Config, source: str, place: Slice, subject: Subject, workl
     arch = subject.architecture
     _check(config, subject)
     rows = config.train.batch_size // config.train.accumulation
-    sizes = meshes.sizes(config.mesh, arch, place.devices, rows)
+    sizes = meshes.sizes(config.mesh, arch, place.devices, rows, place.slices)
     if config.train.remat == "auto":
         remat, said = advice.choose_remat(arch, config, place, sizes)
     else:
@@ -225,22 +212,19 @@ def _folder(dump: Path | None) -> Iterator[Path]:
     yield dump.resolve()
 
 
-def _compile(plan: Plan, folder: Path, full: bool) -> Compilation:
-    from gemma_tpu.training.compiling import compile_for
-
-    target = plan.place.compiler_name
-    assert target is not None  # `make` has asked
-    found = compile_for(
-        configs.to_dict(plan.config), target, dict(plan.job.mesh), folder,
-        architecture=plan.subject.config, remat=plan.job.remat,
-        total_steps=plan.workload.steps or UNKNOWN_STEPS, full=full,
-    )  # fmt: skip
-    limit = plan.place.chip.device_hbm_gib
-    if found.needs_gib is not None:
-        return Compilation(found.seconds, found.needs_gib, found.limit_gib or limit, None, None)
-    module = hlo.load(schedule(folder))
-    memory = buffers.memory(folder, module)
-    return Compilation(found.seconds, memory.peak / GIB, limit, memory, walk(folder, plan.place))
+def _compile(plan: Plan, dump: Path | None, full: bool, say: Callable[[str], None]) -> Compilation:
+    request = {
+        "config": configs.to_dict(plan.config), "topology": plan.place.compiler_name, "slices": plan.place.slices,
+        "mesh": dict(plan.job.mesh), "architecture": plan.subject.config, "remat": plan.job.remat,
+        "total_steps": plan.workload.steps or UNKNOWN_STEPS,
+    }  # fmt: skip
+    known = compilation.kept(request, plan.place, full) if dump is None else None
+    if known:
+        say(f"the train step for {plan.place.name} as the compiler had it on {known.kept} ({compilation.folder()})")
+        return known
+    with _folder(dump) as folder:
+        say(f"compiling the train step for {plan.place.name} by the TPU compiler on this machine ...")
+        return compilation.compile_step(request, plan.place, folder, full, say)
 
 
 # --- what to change ---

@@ -21,9 +21,11 @@ PARTS = {
     "host_exposed": "waiting for host memory",
     "fsdp links": "weight gathers (fsdp)",
     "tp links": "gathers and scatters of activations (tp)",
+    "network": "gradients over the network between slices",
 }
 BASES = {"analytic": "by arithmetic", "schedule": "by the compiler's schedule", "cycles": "by the compiler's cycles"}
-COMPUTE, LINKS = ("matmul", "attention", "kernel"), ("collective_sync", "collective_exposed", "fsdp links", "tp links")
+COMPUTE = ("matmul", "attention", "kernel")
+LINKS = ("collective_sync", "collective_exposed", "fsdp links", "tp links", "network")
 REST = "everything else"
 MINOR = 0.005  # of the step: smaller parts are summed
 
@@ -134,7 +136,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield from table(rows, (1, 2))
     if plan.compilation and plan.walk:
         hidden, took = plan.walk.hidden_seconds, plan.compilation.seconds
-        yield f"  collectives beside compute {duration(hidden)}; the compiler took {took:.0f} s"
+        since = f", on {plan.compilation.kept}" if plan.compilation.kept else ""
+        yield f"  collectives beside compute {duration(hidden)}; the compiler took {took:.0f} s{since}"
         yield "the largest costs"
         costs = plan.walk.costs[:8]
         yield from table([(duration(one.seconds), f"x{one.count}", one.kind, one.name) for one in costs], (0, 1))
@@ -188,7 +191,8 @@ def limits(plan: Plan) -> str:
     return said
 
 
-KINDS = {"remat": "other remat", "accumulation": "more micro-batches", "mesh": "another mesh", "slice": "another slice"}
+KINDS = {"remat": "other remat", "accumulation": "more micro-batches", "mesh": "another mesh",
+         "int8": "an int8 base", "slice": "another slice"}  # fmt: skip
 
 
 def option_line(plan: Plan, one: Option) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield ("what would fit" if not plan.fits else "what would be faster") + " (analytic)"
         yield from table([option_line(plan, one) for one in plan.options], (1,))
     elif not plan.fits:
-        yield "nothing that is known fits: no remat, accumulation, mesh or slice"
+        yield "nothing that is known fits: no remat, accumulation, mesh, int8 base or slice"
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:

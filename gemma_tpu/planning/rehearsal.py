@@ -188,7 +188,7 @@ def _compare(config: Config, run: runs.RunFolder, summary: Mapping[str, Any]) ->
     measured: dict[str, Any] = {"step_s": round(float(np.median(steps)), 5), "tokens": rows[-1]["tokens"]}
     if rows[-1].get("memory_gib") is not None:
         measured["memory_gib"] = rows[-1]["memory_gib"]
-    place = chips.of_devices(summary.get("device_kind", ""), summary.get("devices", 1))
+    place = chips.of_devices(summary.get("device_kind", ""), summary.get("devices", 1), summary.get("slices", 1))
     if place is None:
         return {"measured": measured}
     arch = loading.architecture(open_checkpoint(config.model.path))

@@ -57,12 +57,19 @@ def sweep(
     say: Callable[[str], None],
 ) -> list[Row]:  # fmt: skip
     known = {one.name: one for one in chips.slices()}
+    places = [known[name] for name in SLICES if name in known]  # the user's hardware file may have fewer
     found = []
-    for name in SLICES:
-        if name in known:  # the user's hardware file may have fewer
-            folder = dump / name if dump else None
-            found.append(_row(config, source, model, load, known[name], compiled, folder, say))
+    for number, place in enumerate(places, 1):
+        folder = dump / place.name if dump else None
+        row = _row(config, source, model, load, place, compiled, folder, _counted(say, number, len(places)))
+        if compiled:
+            say(f"  {' | '.join(cells(row)[1:-1])}")
+        found.append(row)
     return found
+
+
+def _counted(say: Callable[[str], None], number: int, count: int) -> Callable[[str], None]:
+    return lambda text: say(f"{number} of {count}: {text}")
 
 
 def _row(
@@ -78,7 +85,7 @@ def _row(
     try:
         made = plan.make(chosen, source, place, model, load, compiled=compiled, dump=dump, say=say, suggest=False)
     except RunError as error:
-        say(f"{place.name}: {error}")
+        say(f"{place.name} is planned by arithmetic: {error}")
         made = plan.make(chosen, source, place, model, load, compiled=False, suggest=False)
         return Row(place, made, None, f"not compiled: {str(error).splitlines()[0]}")
     return Row(place, made, None)

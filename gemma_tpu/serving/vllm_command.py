@@ -169,6 +169,8 @@ def settle(path: str, on: str, wish: Wish) -> Serving:
     data = overlay.load("serving.yaml", VARIABLE, open_at=("tpu_models.tested", "tpu_models.refused",
                                                            "tpu_models.generations"))  # fmt: skip
     place = None if on.strip().lower() == "cpu" else chips.find(on)
+    if place is not None and place.slices > 1:
+        raise UserError(f"--on {on}: a server runs on one slice; start one on each of them")
     kind = "cpu" if place is None else place.chip.kind
     machine = data["machines"][kind]
     if wish.from_hub:

@@ -9,6 +9,7 @@ code is: code generation is 90 % of the time, so the child is ended as soon as t
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from gemma_tpu.step.job import Policy
 SCHEDULE = "*train_step*after_optimizations_after_buffer_assignment.txt"
 MEMORY = "*train_step*memory-usage-report.txt"
 _OOM = re.compile(r"total memory required[^(]*\(([0-9.]+)([KMG])\) exceeds available HBM \(([0-9.]+)([KMG])\)")
+_LOG = "--dump DIR keeps its log"
 _UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0}
 # Libtpu looks for a TPU, a metadata server and a lock file unless it is told that none of them matters.
 _ENVIRONMENT = {
@@ -51,17 +53,18 @@ class Compiled:
 
 def compile_for(
     config: dict[str, Any], topology: str, mesh: dict[str, int], folder: Path, *, architecture: dict[str, Any],
-    remat: Policy, total_steps: int, full: bool = False, timeout: float = 3600.0,
+    remat: Policy, total_steps: int, slices: int = 1, full: bool = False, timeout: float = 3600.0,
 ) -> Compiled:  # fmt: skip
     """Compile the train step of `config` (a plain tree) on `mesh` for `topology` ("v5p:2x2x1") into `folder`.
 
-    `architecture` is a checkpoint's config.json. Without `full` it ends where memory and schedule are known.
+    `slices`: so many of it, joined by the data-centre network. `architecture` is a checkpoint's config.json.
+    Without `full` it ends where memory and schedule are known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     request = folder / "request.json"
     request.write_text(json.dumps({
-        "config": config, "topology": topology, "mesh": mesh, "folder": str(folder), "remat": remat,
-        "architecture": architecture, "total_steps": total_steps,
+        "config": config, "topology": topology, "slices": slices, "mesh": mesh, "folder": str(folder),
+        "remat": remat, "architecture": architecture, "total_steps": total_steps,
     }, indent=1))  # fmt: skip
     begun = time.monotonic()
     log = folder / "compiler.log"
@@ -75,7 +78,7 @@ def compile_for(
                 if not full and _schedule_is_written(folder):
                     return Compiled(folder, time.monotonic() - begun)
                 if time.monotonic() - begun > timeout:
-                    raise RunError(f"the compiler needed more than {timeout:.0f} s; its log is {log}")
+                    raise RunError(f"the compiler needed more than {timeout:.0f} s; {_LOG}")
                 time.sleep(0.1)
         finally:
             child.kill()
@@ -83,7 +86,7 @@ def compile_for(
     seconds = time.monotonic() - begun
     if child.returncode == 0:
         return Compiled(folder, seconds)
-    return _refusal(log, folder, seconds)
+    return _refusal(log, child.returncode, folder, seconds)
 
 
 def _schedule_is_written(folder: Path) -> bool:
@@ -96,7 +99,7 @@ def _schedule_is_written(folder: Path) -> bool:
     return all(sizes) and sizes == [path.stat().st_size for path in [*reports, *folder.glob(SCHEDULE)]]
 
 
-def _refusal(log: Path, folder: Path, seconds: float) -> Compiled:
+def _refusal(log: Path, code: int, folder: Path, seconds: float) -> Compiled:
     text = log.read_text(errors="replace")
     found = _OOM.search(text)
     if found:
@@ -104,18 +107,26 @@ def _refusal(log: Path, folder: Path, seconds: float) -> Compiled:
         return Compiled(folder, seconds, needs, limit)
     if "No module named 'libtpu'" in text or "libtpu.so" in text and "not found" in text:
         raise UserError("compiling for a TPU needs libtpu: pip install 'gemma-tpu[tpu]'; or plan with --fast")
+    if code < 0:
+        raise RunError(f"the compiler was ended by {signal.Signals(-code).name}: most often because this machine's "
+                       f"memory was full ({_memory_gib():.0f} GiB in all); {_LOG}")  # fmt: skip
     last = [line for line in text.splitlines() if line.strip()][-1:] or ["no output"]
-    raise RunError(f"the compiler stopped: {last[0][:500]}\nits log is {log}")
+    raise RunError(f"the compiler stopped: {last[0][:500]}; {_LOG}")
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 # --- the child --------------------------------------------------------------------------------------------
 
 
-def devices(topology: str) -> list[Any]:
-    """The devices of a slice by the compiler's name for it."""
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of so many slices by the compiler's name for one."""
     from jax.experimental import topologies
 
     more = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    more |= {"num_slices": slices} if slices > 1 else {}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
 
 
@@ -127,7 +138,7 @@ def main(request: dict[str, Any]) -> None:
     from gemma_tpu.training import program
 
     config = configs.from_dict(request["config"])
-    mesh = meshes.build(request["mesh"], devices(request["topology"]))
+    mesh = meshes.build(request["mesh"], devices(request["topology"], request["slices"]))
     model = Decoder(hf_config.from_config(request["architecture"]), loading.DTYPES[config.model.dtype])
     loading.hold_quantised(model, config.model.quantise)
     program.adapt(model, config)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gemma_tpu.errors import RunError
 from gemma_tpu.estimate import advice
 from gemma_tpu.gemma.variants import Architecture
-from gemma_tpu.hardware import chips
+from gemma_tpu.hardware import chips, torus
 from gemma_tpu.schema import Config
 from gemma_tpu.step.job import Job
 from gemma_tpu.training import faults
@@ -26,7 +26,7 @@ def explained(config: Config, arch: Architecture, mesh: Mesh) -> Iterator[None]:
         if not faults.is_memory(error):
             raise
         first = str(error).strip().splitlines()[0][:300]
-        place = chips.of_devices(mesh.devices.flat[0].device_kind, mesh.size)
+        place = chips.of_devices(mesh.devices.flat[0].device_kind, mesh.size, torus.slices(mesh.devices.flat))
         told = "\n  ".join(changes(config, arch, dict(mesh.shape), place))
         raise RunError(f"out of memory: {first}\nwhat would fit, the cheapest first:\n  {told}") from error
 

@@ -21,7 +21,7 @@ from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.model import Decoder
 from gemma_tpu.gemma.projection import Base
 from gemma_tpu.gemma.sites import Site
-from gemma_tpu.hardware import chips, distributed
+from gemma_tpu.hardware import chips, distributed, torus
 from gemma_tpu.schema import Config
 from gemma_tpu.step import optim, preference, step
 from gemma_tpu.step.job import Policy
@@ -46,7 +46,7 @@ def remat_of(config: Config, model: Decoder, mesh: Mesh) -> tuple[Policy, str | 
     if config.train.remat != "auto":
         return config.train.remat, None
     first = mesh.devices.flat[0]
-    place = chips.of_devices(first.device_kind, mesh.size)
+    place = chips.of_devices(first.device_kind, mesh.size, torus.slices(mesh.devices.flat))
     return advice.choose_remat(model.arch, config, place, dict(mesh.shape))
 
 

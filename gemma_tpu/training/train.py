@@ -25,7 +25,7 @@ from gemma_tpu.data.batches import Batch, BatchIterator, Loader
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.model import Decoder
-from gemma_tpu.hardware import devices, distributed
+from gemma_tpu.hardware import devices, distributed, torus
 from gemma_tpu.pages import report
 from gemma_tpu.run import checkpoint, metrics
 from gemma_tpu.run.checkpoint import Checkpoints, shapes_of
@@ -208,6 +208,7 @@ class Trainer:
             "steps": total,
             "device_kind": jax.devices()[0].device_kind,
             "devices": self.mesh.size,
+            "slices": torus.slices(self.mesh.devices.flat),
             "mesh": {axis: int(size) for axis, size in self.mesh.shape.items()},
             "hosts": distributed.count(),
             "loss": rows[-1]["loss"] if rows else None,

@@ -1,0 +1,52 @@
+"""The step for GPUs, without one: it lowers for CUDA, and attention takes the form that it says it takes there."""
+
+import json
+
+import jax
+import pytest
+from runs_helper import run_config
+
+from gemma_tpu.gemma import attention, hf_config, loading, model, splash
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.training import program
+
+
+def make(base, folder, *overrides: str) -> tuple[program.Program, object]:
+    """The train step of a whole config over shapes alone, and its batch."""
+    chosen = run_config(base, folder / "run", "mesh.fsdp=1", "mesh.tp=1", "model.dtype=bfloat16", *overrides)
+    mesh = meshes.build({}, jax.devices()[:1])
+    decoder = model.Decoder(hf_config.from_config(json.loads((base / "config.json").read_text())),
+                            loading.DTYPES["bfloat16"])  # fmt: skip
+    program.adapt(decoder, chosen)
+    shardings, _ = loading.place(decoder, mesh, False)
+    program.abstract(decoder, shardings)
+    step = program.build(chosen, decoder, shardings, mesh, 8)
+    return step, step.abstract_batch(2, 4, 256)
+
+
+@pytest.mark.parametrize("remat", ["full", "[q,attention,gate]"])
+def test_the_train_step_lowers_for_cuda(base32, tmp_path, monkeypatch, remat):
+    for module in (attention, model):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    step, batch = make(base32, tmp_path, f"train.remat={remat}")
+    with jax.set_mesh(step.mesh):
+        traced = step._jitted(None).trace(step.abstract_state(), step.parts.frozen, batch)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "func.func public @main" in lowered and "stablehlo.while" in lowered  # layers in a loop, as on a TPU
+    foreign = [line for line in lowered.splitlines() if "custom_call" in line and "@Sharding" not in line]
+    assert not [line for line in foreign if "tpu" in line.lower()], foreign
+
+
+@pytest.mark.parametrize("backend, tokens, head_dim, form", [
+    ("tpu", 256, 128, "splash"), ("tpu", 256, 512, "splash"), ("tpu", 200, 128, "blocks"), ("tpu", 256, 64, "blocks"),
+    ("gpu", 256, 128, "blocks"), ("gpu", 256, 512, "blocks"), ("cpu", 256, 128, "blocks"),
+])  # fmt: skip
+def test_attention_takes_the_kernel_where_there_is_one_for_the_shape(monkeypatch, backend, tokens, head_dim, form):
+    taken = []
+    monkeypatch.setattr(attention, "platform", lambda: backend)
+    monkeypatch.setattr(splash, "splash", lambda q, *rest, **more: taken.append("splash") or q)
+    monkeypatch.setattr(attention, "_blockwise", lambda q, *rest: taken.append("blocks") or q)
+    q, kv = (jax.numpy.zeros((1, tokens, heads, head_dim)) for heads in (4, 2))
+    segments = jax.numpy.ones((1, tokens), int)
+    attention.attention(q, kv, kv, segments, segments, scale=1.0)
+    assert taken == [form]
