@@ -10,7 +10,8 @@ import jax
 
 import gemma_tpu
 from gemma_tpu.adapter import lora, start
-from gemma_tpu.data.batches import make_loader, prepare
+from gemma_tpu.data.batches import make_loader
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.gemma import loading, mesh
 from gemma_tpu.run import runs

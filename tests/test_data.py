@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tokenizer_helper import AtOnce
 
-from gemma_tpu.data.batches import Loader, Prepared, make_loader, prepare
+from gemma_tpu.data.batches import Loader, make_loader
+from gemma_tpu.data.corpus import Prepared, prepare
 from gemma_tpu.data.transforms import codev_answer
 from gemma_tpu.errors import UserError
 

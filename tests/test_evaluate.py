@@ -10,7 +10,7 @@ from runs_helper import first_rows, write_base
 from verilog_helper import GATES, answer, needs_simulator, write_clone
 
 import gemma_tpu
-from gemma_tpu.data.batches import prepare
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import answering, evaluate, samples, scorecard, verilog

@@ -11,7 +11,8 @@ from runs_helper import ROOT, run_config, train
 from test_page import check, drawn
 
 from gemma_tpu import cli, config
-from gemma_tpu.data.batches import make_loader, prepare
+from gemma_tpu.data.batches import make_loader
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.estimate import advice, budget

@@ -15,18 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gemma_tpu.data.corpus import Prepared, prepare
 from gemma_tpu.data.packing import Bins, Encoded, best_fit, bucket_widths, fill, longest_first, one_each
 from gemma_tpu.data.rows import Tally
 from gemma_tpu.errors import UserError
-
-__all__ = ["Batch", "BatchIterator", "Loader", "Prepared", "make_loader", "prepare"]
 
 Batch = dict[str, np.ndarray]
 
 
 class Rows(Protocol):
-    """What batches are made of: `corpus.Prepared`, or pairs, of which both pieces stay together."""
+    """What batches are made of: corpus.Prepared, or pairs, of which both pieces stay together."""
 
     @property
     def lengths(self) -> np.ndarray: ...

@@ -16,7 +16,8 @@ import numpy as np
 
 from gemma_tpu import assets
 from gemma_tpu.adapter import adapters
-from gemma_tpu.data.batches import Loader, make_loader, prepare
+from gemma_tpu.data.batches import Loader, make_loader
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.evaluation import (

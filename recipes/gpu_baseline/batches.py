@@ -8,7 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from gemma_tpu.data.batches import Loader, make_loader, prepare
+from gemma_tpu.data.batches import Loader, make_loader
+from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import Config
