@@ -116,7 +116,7 @@ class Loader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it open
         if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
             problem = "aliases (*), anchors (&) and tags (!) have no use here; quote a value that starts so"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
@@ -138,7 +138,7 @@ def yaml_file(path: Path, name: str = "") -> Any:
 def from_yaml(raw: str, name: str) -> Any:
     try:
         node = compose(Loader, raw)
-        return None if node is None else _checked(Loader("").construct_document(node))  # type: ignore[no-untyped-call]
+        return None if node is None else _checked(Loader("").construct_document(node))
     except yaml.YAMLError as error:
         raise UserError(f"{name}{position(error)}: not valid YAML: {reason(error)}") from None
     except (ValueError, OverflowError) as error:  # from a scalar: 0x, a number with thousands of digits
@@ -175,7 +175,7 @@ def largest(tree: Any) -> float:
 
 # --- forms ---
 
-_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", None: "null",
+_WORDS: dict[object, str] = {float: "a number", int: "a whole number", str: "text", bool: "true or false", None: "null",
           dict: "a mapping", list: "a list"}  # fmt: skip
 
 

@@ -160,10 +160,10 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
     pairs: dict[str, dict[str, np.ndarray]] = {}  # of each tensor of the base: A, B and a magnitude
     for name, value in tensors.items():
         found = re.fullmatch(_TENSOR, name)
-        place = places.get(_suffix(found[1])) if found else None
+        place = places.get(_suffix(found[1]) or "") if found else None
         if place is None and _is_copy_of_k(name, tensors):
             continue  # the form for vLLM; V is K, which has its own pair
-        if place is None:
+        if found is None or place is None:
             problems.append(f"{plain.cut(name)}: no weight of the base's text tower takes it")
         else:
             pairs.setdefault(place, {})[found[2] or found[3]] = value.astype(np.float32)

@@ -68,7 +68,7 @@ def server(url: str, model: str | None) -> Server:
 
 def _version(said: str | None) -> str | None:
     try:
-        return plain.require(plain.json_value(said or ""), {"version": str}, "/version")["version"]
+        return str(plain.require(plain.json_value(said or ""), {"version": str}, "/version")["version"])
     except (ValueError, UserError):  # another kind of server
         return None
 

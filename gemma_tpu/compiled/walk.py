@@ -256,10 +256,10 @@ class Walker:
             self.unknown[f"{kind} between slices, taken for an all-reduce"] += times
         count, chip = self.place.slices, self.place.chip
         moved = 2 * (count - 1) / count * sum(shape.bytes for shape in shapes_of(each, here))
-        alone = moved * chip.devices / (chip.network_gbs * 1e9)
-        self.totals["links"] += moved * times
+        alone = moved * chip.devices / (self.place.network_gbs * 1e9)
+        self.links += moved * times
         self.assumptions[
-            f"the network between slices: {chip.network_gbs:g} GB/s a chip ({chip.sources['network']}); a sum goes "
+            f"the network between slices: {self.place.network_gbs:g} GB/s a chip ({chip.sources['network']}); a sum goes "
             "round the slices as a ring, and the way through the hosts costs nothing"
         ] = None
         made = Pending(f"sum over the slices, {key}", "network", alone, moved, self.time.send({NETWORK_LINK: alone}))
@@ -270,8 +270,9 @@ class Walker:
         if made is None:
             self.unknown["recv-done whose send was not found"] += times
             return
+        assert made.transfer is not None  # as _send_across made it
         waited = self.time.finish(made.transfer)
-        self.totals["hidden"] += max(0.0, made.alone - waited) * times
+        self.hidden += max(0.0, made.alone - waited) * times
         self._add(made.name, "network", waited * times, times, 0.0, made.bytes)
 
     def _copy(self, key: str, begun: Instruction, each: Instruction, here: Computation, times: int) -> None:

@@ -155,7 +155,7 @@ def bench(source: str, on: str | None, arch: Architecture | None, at: str | None
             raise UserError(f"--at {at}: {source} is one point of the paper, which printed no others")
         return _of_paper(source, on)
     path = Path(source).expanduser()
-    tree = _json(path)
+    tree: Mapping[str, Any] = _json(path)
     if tree.get("format") == bench_file.FORMAT:  # as the bench keeps it, in place of what it says with --json
         tree = assess(bench_file.read(path), Judge({}))
     points = [one for one in tree.get("points") or () if isinstance(one, dict)]
@@ -290,4 +290,4 @@ def fastest(
 
 
 def _positive(value: object) -> TypeGuard[float]:
-    return plain.number(value) and value > 0
+    return isinstance(value, int | float) and plain.number(value) and value > 0

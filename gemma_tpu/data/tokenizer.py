@@ -255,7 +255,7 @@ class Tokenizer:
         added = {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()
                  if token.special or number in self.stop_ids}  # fmt: skip
         config = _read_json(self.folder / "tokenizer_config.json")
-        named = (config.get("str_token"), config.get("etr_token"))
+        named: tuple[Any, Any] = (config.get("str_token"), config.get("etr_token"))
         response = next((pair for pair in (named, RESPONSE)
                          if all(isinstance(text, str) and text in added for text in pair)), None)  # fmt: skip
         return Words(added, self.stop_ids, response)

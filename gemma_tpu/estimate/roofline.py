@@ -229,7 +229,7 @@ def _network_seconds(arch: Architecture, job: Job, place: Slice) -> float:
         return 0.0
     gradients = sum(one.bytes / one.itemsize for one in placed(arch, job) if one.trains) * job.itemsize
     crossing = 2 * gradients * (place.slices - 1) / place.slices * job.accumulation
-    return crossing * place.chip.devices / (place.chip.network_gbs * 1e9)
+    return crossing * place.chip.devices / (place.network_gbs * 1e9)
 
 
 def _link_bandwidth(place: Slice, count: int) -> float:

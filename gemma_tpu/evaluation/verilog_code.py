@@ -113,7 +113,8 @@ def used(code: str, top: str) -> str:
 def attack_in(code: str) -> str | None:
     """Why a bare design is refused, or None."""
     stream = [("other", ";"), *tokens(code), ("other", ";")]
-    own, roots = _declared(stream), {}
+    own = _declared(stream)
+    roots: dict[int, str | None] = {}
     for at, (kind, text) in enumerate(stream[1:-1], 1):
         before, (after_kind, after) = stream[at - 1][1], stream[at + 1]
         if kind == "system" and text not in SYSTEM_CALLS:

@@ -112,6 +112,12 @@ class Slice:
         """One of them."""
         return self if self.slices == 1 else self.chip.slice(self.topology)
 
+    @property
+    def network_gbs(self) -> float:
+        """From one of its chips to those of other slices."""
+        assert self.chip.network_gbs is not None  # nobody gets several slices of a chip of which it is not known
+        return self.chip.network_gbs
+
     def times(self, count: int) -> "Slice":
         """So many of this slice over the data-centre network."""
         if count == 1:

@@ -57,7 +57,7 @@ def compile_step(
     path = _file(request, place, full)  # by the code as it is now: minutes may pass
     found = compile_for(**request, folder=dump, full=full)
     limit = place.chip.device_hbm_gib
-    if found.fits:
+    if found.needs_gib is None:
         module = hlo.load(schedule(dump))
         memory = buffers.memory(dump, module)
         made = Compilation(found.seconds, memory.peak / GIB, limit, memory, walk(dump, place))

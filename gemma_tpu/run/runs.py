@@ -104,7 +104,8 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
     """Its totals; empty while the run goes on."""
     if not folder.summary.exists():
         return {}
-    return plain.require(plain.json_file(folder.summary), _SUMMARY, str(folder.summary))
+    summary: dict[str, Any] = plain.require(plain.json_file(folder.summary), _SUMMARY, str(folder.summary))
+    return summary
 
 
 def is_run(path: Path) -> bool:

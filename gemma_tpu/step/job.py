@@ -39,7 +39,7 @@ class Job:
     replicate_kv: bool
     adapter: LoraConfig = LoraConfig()  # its other fields; those above are in front
     optim: OptimConfig = OptimConfig()
-    quantise: str | None = None
+    quantise: Literal["int8", "nf4"] | None = None
 
     @classmethod
     def of(cls, config: Config, mesh: Mapping[str, int], remat: Policy | None = None) -> "Job":

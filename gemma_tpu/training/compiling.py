@@ -125,7 +125,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of so many slices by the compiler's name for one."""
     from jax.experimental import topologies
 
-    more = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
     more |= {"num_slices": slices} if slices > 1 else {}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
 
