@@ -177,8 +177,9 @@ def test_a_cache_that_cannot_be_written_is_said(section, tokenizer, tmp_path) ->
 
 def test_workers_end_when_their_parent_is_gone(section, base32) -> None:
     code = (
-        "import os, sys; from gemma_tpu.data import workers; from gemma_tpu.data.encoding import Settings\n"
-        f"pool = workers.Pool(Settings({{}}, (), 'assistant'), {str(base32)!r}, 1); pool.ready()\n"
+        "import os, sys, time; from gemma_tpu.data import workers; from gemma_tpu.data.encoding import Settings\n"
+        f"pool = workers.Pool(Settings({{}}, (), 'assistant'), {str(base32)!r}, 1)\n"
+        "while not pool.ready(): time.sleep(0.02)\n"  # before that it would end of another cause
         "print(pool._processes[0].pid, flush=True); sys.stdout.close(); os.kill(os.getpid(), 9)"
     )
     dead = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60,

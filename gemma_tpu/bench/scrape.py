@@ -3,6 +3,7 @@
 vLLM's names are looked for without their prefix (`vllm:`), so that other servers that expose the same are read too.
 """
 
+import http.client
 import json
 import os
 import re
@@ -59,10 +60,8 @@ def server(url: str, model: str | None) -> Server:
     if listed and name not in listed:
         raise UserError(f"--model {name}: {where} serves {', '.join(listed)}")
     entry = listed.get(name, {})
-    version = _get(_beside(where, "/version"))
-    told = json.loads(version).get("version") if version and version.lstrip().startswith("{") else None
     longest = entry.get("max_model_len")
-    return Server(where, name, entry.get("root"), longest if isinstance(longest, int) else None, told,
+    return Server(where, name, entry.get("root"), longest if isinstance(longest, int) else None, _version(where),
                   settings(metrics(where)))  # fmt: skip
 
 
@@ -75,11 +74,19 @@ def _models(where: str) -> dict[str, dict[str, Any]]:
         error.close()
         hint = "; set OPENAI_API_KEY to a key of this server" if error.code in (401, 403) else ""
         raise UserError(f"{where}/models: {error.code} {error.reason}{hint}") from None
-    except OSError as error:
-        told = getattr(error, "reason", error)
-        raise RunError(f"{where}: no answer ({told}); is the server up?") from None
+    except (OSError, http.client.HTTPException) as error:
+        told = getattr(error, "reason", None) or error
+        raise RunError(f"{where}: no answer ({told!s:.80}); is the server up?") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{where}/models: not the answer of an OpenAI-compatible server") from None
+
+
+def _version(where: str) -> str | None:
+    try:
+        told = json.loads(_get(_beside(where, "/version")) or "{}")
+    except ValueError:
+        return None
+    return told.get("version") if isinstance(told, dict) else None
 
 
 def metrics(where: str) -> Samples:
@@ -161,6 +168,6 @@ def _get(url: str) -> str | None:
             return answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         error.close()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         pass  # a server that does not answer is noticed where it is asked for tokens
     return None
