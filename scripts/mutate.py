@@ -115,7 +115,8 @@ class Copy:
             os.chdir(self.root)
             for name in [name for name in sys.modules if name.partition(".")[0] == "gemma_tpu"]:
                 del sys.modules[name]
-            sys.path[:] = [str(self.root), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "scripts")))]
+            ours = (str(ROOT), str(ROOT / "scripts"))
+            sys.path[:] = [str(self.root), *(path for path in sys.path if path not in ours)]
             code = int(pytest.main(["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files(module)]))
         finally:
             sys.stdout.flush()
@@ -147,13 +148,22 @@ def main(args: argparse.Namespace) -> None:
     drawn = [one for one, _ in zip(spread(offered, random.Random(args.seed)), range(args.count), strict=False)]
     print(f"{len(drawn)} of {sum(map(len, offered.values())):,} possible breaks of {len(chosen)} modules, "
           f"seed {args.seed}", flush=True)  # fmt: skip
-    file = OUT / f"seed_{args.seed}.json"
-    breaks = read(file)
-    state = {name: digest(name) for name in chosen}
-    left = [(name, one) for name, one in drawn if not settled(breaks.get(key(name, one)), state[name])]
+    file = OUT / f"seed_{args.seed}.jsonl"
+    number, parts = args.part
+    mine = chosen[number - 1 :: parts]
+    state, breaks = {name: digest(name) for name in mine}, read(file)
+    left = [(name, one) for name, one in drawn if name in mine and not settled(breaks.get(key(name, one)), state[name])]
     if left and not args.show:
-        run(left[: args.most], breaks, file, state)
+        run(left[: args.most], file, state, Copy(OUT / f"part_{number}"))
+    breaks = read(file)
     tell([breaks[key(name, one)] for name, one in drawn if key(name, one) in breaks], len(drawn))
+
+
+def part(text: str) -> tuple[int, int]:
+    number, parts = map(int, text.split("/"))
+    if not 1 <= number <= parts:
+        raise ValueError
+    return number, parts
 
 
 def key(module: str, one: Mutation) -> str:
@@ -161,12 +171,14 @@ def key(module: str, one: Mutation) -> str:
 
 
 def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+    """{key: result}; of two lines with one key the later."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {one["key"]: one for one in map(json.loads, lines)}
 
 
-def write(file: Path, found: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+def add(file: Path, result: dict[str, Any]) -> None:
+    with file.open("a") as out:
+        out.write(json.dumps(result) + "\n")
 
 
 def digest(module: str) -> str:
@@ -180,31 +192,29 @@ def settled(result: dict[str, Any] | None, state: str) -> bool:
     return result is not None and (result["caught"] or result["state"] == state)
 
 
-def run(left: list[tuple[str, Mutation]], breaks: dict[str, Any], file: Path, state: dict[str, str]) -> None:
-    copy = Copy(file.with_suffix(""))
+def run(left: list[tuple[str, Mutation]], file: Path, state: dict[str, str], copy: Copy) -> None:
     for module, one in left:
         limit = 3 * unbroken(copy, module, state[module]) + SPARE_S
         code, test, seconds = copy.broken(module, one, limit)
         if code not in (None, 0, 1, 2) and code >= 0:
             raise RunError(f"pytest ended with {code} on {key(module, one)}: {test}")
-        breaks[key(module, one)] = {
-            "module": module, "line": one.line, "kind": one.kind, "change": one.change, "caught": code != 0,
-            "by": test if code != 0 else "", "seconds": round(seconds, 1), "state": state[module],
+        result = {
+            "key": key(module, one), "module": module, "line": one.line, "kind": one.kind, "change": one.change,
+            "caught": code != 0, "by": test if code != 0 else "", "seconds": round(seconds, 1), "state": state[module],
         }  # fmt: skip
+        add(file, result)
         print(f"{'survived' if code == 0 else 'caught':<9} {seconds:5.0f} s  {key(module, one)}", flush=True)
-        write(file, breaks)
 
 
 def unbroken(copy: Copy, module: str, state: str) -> float:
     """Seconds that the tests of a module take when nothing is broken; they must pass."""
-    file = OUT / "unbroken.json"
-    if state not in (known := read(file)):
+    file = OUT / "unbroken.jsonl"
+    if state not in read(file):
         code, test, seconds = copy.test(module)
         if code:
             raise RunError(f"the tests of {module} fail unbroken: {test}")
-        known = read(file) | {state: round(seconds, 1)}
-        write(file, known)
-    return known[state]
+        add(file, {"key": state, "module": module, "seconds": round(seconds, 1)})
+    return read(file)[state]["seconds"]
 
 
 def tell(breaks: list[dict[str, Any]], asked: int) -> None:
@@ -237,5 +247,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=50, help="how many breaks (50)")
     parser.add_argument("--most", type=int, help="run at most so many of those that are left, then stop")
     parser.add_argument("--module", nargs="*", default=[], help="of these files alone, e.g. step/loss.py")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N",
+                        help="every N-th module from the K-th on: N such commands work side by side")  # fmt: skip
     parser.add_argument("--show", action="store_true", help="run none: print what is known")
     sys.exit(run_script(main, parser.parse_args()))

@@ -68,6 +68,8 @@ def test_several_processes_give_what_one_gives_in_the_same_order(section, tokeni
     assert dict(one.dropped.counts) == {"not_JSON": 2, "empty": 2}
     assert one.dropped.where("empty") == "a.jsonl:291, b.jsonl:291"
     assert [one.where(row) for row in (0, 5, 298)] == ["a.jsonl:1", "a.jsonl:7", "b.jsonl:1"]
+    masks = [one.mask[start : start + length] for start, length in zip(one.starts, one.lengths, strict=True)]
+    assert [mask.sum() for mask in masks] == list(one.targets) and not any(mask[0] for mask in masks)
 
 
 def test_a_process_that_dies_is_a_failed_run_and_leaves_no_other_behind(section, tokenizer, monkeypatch) -> None:
