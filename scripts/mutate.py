@@ -40,7 +40,7 @@ TESTS = {
     "data/encoding.py": "tokens",
     "data/tokenizer.py": "tokenizer template",
     "data/template.py": "template",
-    "adapter/lora.py": "lora",
+    "adapter/lora.py": "lora adapters_peft",
     "adapter/lowrank.py": "adapters_peft",
     "gemma/projection.py": "lora model",
     "gemma/attention.py": "attention",
@@ -50,7 +50,7 @@ TESTS = {
     "step/step.py": "step",
     "step/optim.py": "optim",
     "handoff/patch.py": "patch",
-    "handoff/merging.py": "merging",
+    "handoff/merging.py": "merging handoff",
     "handoff/difference.py": "difference",
 }
 # Imported once, before the tests of each break fork off: they are half of what a short test file takes.

@@ -157,9 +157,9 @@ def sizes(section: MeshConfig, arch: Architecture, device_count: int, rows: int)
 def check_experts(arch: Architecture, sizes: Mapping[str, int]) -> None:
     """Every device keeps whole experts, as many as any other."""
     counts = sorted({layer.experts.count for layer in arch.layers if layer.experts is not None})
-    if sizes["expert"] > 1 and not counts:
+    if sizes.get("expert", 1) > 1 and not counts:
         raise UserError(f"mesh.expert is {sizes['expert']}, and this model has no experts; set it to 1")
-    split = {axis: sizes[axis] for axis in RULES["experts"] if sizes[axis] > 1}
+    split = {axis: sizes[axis] for axis in RULES["experts"] if sizes.get(axis, 1) > 1}
     product = math.prod(split.values())
     for count in counts:
         if count % product:
@@ -172,7 +172,7 @@ def check_experts(arch: Architecture, sizes: Mapping[str, int]) -> None:
 
 
 def check_rows(rows: int, sizes: Mapping[str, int]) -> None:
-    share = sizes["data"] * sizes["fsdp"]
+    share = sizes.get("data", 1) * sizes.get("fsdp", 1)
     if rows % share:
         raise UserError(
             f"train.batch_size / train.accumulation = {rows} rows per micro-batch, which data x fsdp = {share} does "
