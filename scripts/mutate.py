@@ -50,7 +50,7 @@ TESTS = {
     "step/step.py": "step",
     "step/optim.py": "optim",
     "handoff/patch.py": "patch",
-    "handoff/merging.py": "merging handoff",
+    "handoff/merging.py": "handoff merging",
     "handoff/difference.py": "difference",
 }
 # Imported once, before the tests of each break fork off: they are half of what a short test file takes.
@@ -142,11 +142,11 @@ def main(args: argparse.Namespace) -> None:
     chosen = [name for name in TESTS if not args.module or name.endswith(tuple(args.module))]
     if not chosen:
         raise UserError(f"--module {' '.join(args.module)}: the core is {', '.join(TESTS)}")
-    offered = {name: mutations(ROOT / "gemma_tpu" / name) for name in chosen}
+    offered = {name: mutations(ROOT / "gemma_tpu" / name) for name in TESTS}
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
     drawn = [one for one, _ in zip(spread(offered, random.Random(args.seed)), range(args.count), strict=False)]
-    print(f"{len(drawn)} of {sum(map(len, offered.values())):,} possible breaks of {len(chosen)} modules, "
+    print(f"{len(drawn)} of {sum(map(len, offered.values())):,} possible breaks of {len(TESTS)} modules, "
           f"seed {args.seed}", flush=True)  # fmt: skip
     file = OUT / f"seed_{args.seed}.jsonl"
     number, parts = args.part
@@ -182,9 +182,8 @@ def add(file: Path, result: dict[str, Any]) -> None:
 
 
 def digest(module: str) -> str:
-    """Of the package and of the tests of a module, as they stand."""
-    paths = [*sorted((ROOT / "gemma_tpu").rglob("*.py")), *sorted((ROOT / "tests").glob("*helper*.py"))]
-    paths += [ROOT / "tests" / "conftest.py", *(ROOT / name for name in files(module))]
+    """Of a module and of its tests, as they stand."""
+    paths = [ROOT / "gemma_tpu" / module, *(ROOT / name for name in files(module))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
@@ -246,7 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=50, help="how many breaks (50)")
     parser.add_argument("--most", type=int, help="run at most so many of those that are left, then stop")
-    parser.add_argument("--module", nargs="*", default=[], help="of these files alone, e.g. step/loss.py")
+    parser.add_argument("--module", nargs="*", default=[], help="run those of these files alone, e.g. step/loss.py")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N",
                         help="every N-th module from the K-th on: N such commands work side by side")  # fmt: skip
     parser.add_argument("--show", action="store_true", help="run none: print what is known")
