@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     if left and not args.show:
         run(left[: args.most], file, state, Copy(OUT / f"part_{number}"))
     breaks = read(file)
-    tell([breaks[key(name, one)] for name, one in drawn if key(name, one) in breaks], len(drawn))
+    tell([(name, one, breaks.get(key(name, one))) for name, one in drawn])
 
 
 def part(text: str) -> tuple[int, int]:
@@ -216,28 +216,25 @@ def unbroken(copy: Copy, module: str, state: str) -> float:
     return read(file)[state]["seconds"]
 
 
-def tell(breaks: list[dict[str, Any]], asked: int) -> None:
+def tell(drawn: list[tuple[str, Mutation, dict[str, Any] | None]]) -> None:
     """The table by module, and every survivor."""
     known = tomllib.loads((ROOT / "scripts" / "equivalent_mutants.toml").read_text())["mutant"]
-    why = {(one["module"], one["change"]): one["why"] for one in known}
-    verdicts = {}
-    for one in breaks:
-        same = (one["module"], one["change"]) in why
-        verdict = "caught" if one["caught"] else "equivalent" if same else "survived"
-        verdicts.setdefault(one["module"], Counter())[verdict] += 1
-    names = ("caught", "survived", "equivalent")
-    rows = [[name, *(str(counts[verdict]) for verdict in names)] for name, counts in sorted(verdicts.items())]
-    total = sum(verdicts.values(), Counter())
-    rows.append(["all", *(str(total[verdict]) for verdict in names)])
-    print("\n".join(columns.table([["module", *names], *rows], right=(1, 2, 3))))
-    for one in breaks:
-        if not one["caught"]:
-            reason = why.get((one["module"], one["change"]), "SURVIVED")
-            print(f"{one['module']}:{one['line']}  {one['kind']}: {one['change']}\n  {reason}")
-    real = total["caught"] + total["survived"]
-    print(f"{total['caught']} of {real} breaks that can be seen are caught"
-          + (f" ({total['caught'] / real:.0%})" if real else "")
-          + (f"; {asked - len(breaks)} of {asked} not run yet" if len(breaks) < asked else ""))  # fmt: skip
+    why = {(one["module"], one["text"], one["change"]): one["why"] for one in known}
+    verdicts, lines = {name: Counter() for name in TESTS}, []
+    for name, one, result in drawn:
+        reason = why.get((name, one.text, one.change))
+        verdict = ("not run" if result is None else "caught" if result["caught"] else "equivalent" if reason
+                   else "survived")  # fmt: skip
+        verdicts[name][verdict] += 1
+        if verdict in ("survived", "equivalent"):
+            lines += [f"{verdict}: {name}:{one.line}: {one.text}", f"  {one.kind}: {one.change}"]
+            lines += [f"  {reason}"] if reason else []
+    names, total = ("caught", "survived", "equivalent", "not run"), sum(verdicts.values(), Counter())
+    rows = [[name, *(counts[verdict] for verdict in names)] for name, counts in (*verdicts.items(), ("all", total))]
+    print("\n".join([*columns.table([["module", *names], *rows], right=(1, 2, 3, 4)), *lines]))
+    seen = total["caught"] + total["survived"]
+    share = f": {total['caught'] / seen:.0%}" if seen else ""
+    print(f"{total['caught']} of {seen} breaks that can be seen are caught{share}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Mutation:
 
     kind: str
     line: int
+    text: str  # of that line
     before: str
     after: str
     start: int  # in bytes of the file
@@ -68,7 +69,8 @@ class _Finder(ast.NodeVisitor):
         start = self._lines[node.lineno - 1] + node.col_offset
         stop = self._lines[node.end_lineno - 1] + node.end_col_offset
         before = self._source[start:stop].decode()
-        self.found.append(Mutation(kind, node.lineno, before, after, start, stop))
+        text = self._source[self._lines[node.lineno - 1] : self._lines[node.lineno]].decode().strip()
+        self.found.append(Mutation(kind, node.lineno, text, before, after, start, stop))
 
     def _put(self, kind: str, node: ast.expr, new: ast.expr) -> None:
         self._add(kind, node, f"({ast.unparse(new)})")
