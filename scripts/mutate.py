@@ -54,8 +54,8 @@ TESTS = {
     "handoff/difference.py": "difference",
 }
 # Imported once, before the tests of each break fork off: they are half of what a short test file takes.
-PRELOADED = ("jax", "flax.nnx", "optax.contrib", "orbax.checkpoint", "safetensors.numpy", "scipy.stats",
-             "jinja2", "tokenizers")
+PRELOADED = ("jax", "flax.nnx", "optax.contrib", "orbax.checkpoint", "safetensors.numpy", "scipy.stats", "jinja2",
+             "tokenizers")
 SPARE_S = 60  # on top of three times what the tests take unbroken: then a break counts as an endless loop
 
 
@@ -90,13 +90,15 @@ class Copy:
         if child == 0:
             self._run(module)
         code = None
-        while code is None and time.monotonic() - began < limit:
-            time.sleep(0.05)
-            ended, status = os.waitpid(child, os.WNOHANG)
-            code = os.waitstatus_to_exitcode(status) if ended else None
+        try:
+            while code is None and time.monotonic() - began < limit:
+                time.sleep(0.05)
+                ended, status = os.waitpid(child, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if ended else None
+        finally:  # at the limit, and at Ctrl-C
+            with contextlib.suppress(ProcessLookupError):  # what the tests have started goes too
+                os.killpg(child, signal.SIGKILL)
         seconds = time.monotonic() - began
-        with contextlib.suppress(ProcessLookupError):  # what the tests have started goes too
-            os.killpg(child, signal.SIGKILL)
         if code is None:
             os.waitpid(child, 0)
             return None, "time limit", seconds
