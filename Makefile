@@ -10,7 +10,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
   sys.exit(cli.run_script(lambda: print(config.load(sys.argv[1]).run_dir)))' $(CONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup plan train merge verify eval demo test test-slow test-clients check bench docs clean test-baseline
+.PHONY: help setup plan train merge verify eval demo test test-slow test-clients coverage mutants check bench docs clean test-baseline
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ test: check ## lint, types and tests
 
 test-slow: .venv/.dev ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
+
+coverage: .venv/.dev ## which lines of the package no test runs, in commands that tests start too (twice the time of `test`)
+	rm -rf build/coverage
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under 90
+
+mutants: .venv/.dev ## break the core in 50 places: which breaks do the tests notice? ARGS="--seed 1 --count 20" (half an hour)
+	$(BIN)/python scripts/mutate.py $(ARGS)
 
 CLIENT_TESTS := tests/test_clients.py tests/test_clients_served.py tests/test_lite_slow.py tests/test_bench_slow.py
 test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)

@@ -6,6 +6,7 @@ so that `--help` and a wrong path answer at once.
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -105,6 +106,10 @@ def _guarded(call: Callable[[], tuple[Result, int]]) -> tuple[Result, int]:
         return _failed(error), 1
     except KeyboardInterrupt:
         return _failed("interrupted"), 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a path that was given, wherever it is looked at first
+            raise
+        return _failed(f"{error.filename}: {error.strerror}"), 2
 
 
 def _failed(error: object) -> Result:

@@ -171,3 +171,14 @@ def test_bfloat16_inputs_give_bfloat16_out_close_to_float32():
     low = blockwise(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), segments, 8)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(np.float32), blockwise(q, k, v, segments, 8), atol=0.06)
+
+
+def test_a_query_against_a_cache_is_the_last_row_of_attention_over_all_tokens():
+    """Slots of the cache that hold nothing of this row are masked by the bias, whatever lies in them."""
+    q, k, v, _ = random_inputs(7)
+    whole = plain(q, k, v, np.ones((B, 7), np.int32), None)
+    old_k, old_v = (np.pad(x[:, :-1], [(0, 0), (0, 3), (0, 0), (0, 0)], constant_values=9.0) for x in (k, v))
+    bias = np.where(np.arange(9) < 6, 0.0, module.MASKED).astype(np.float32) * np.ones((B, 1, 1), np.float32)
+    found = module.against_cache(*(jnp.asarray(x[:, -1:]) for x in (q, k, v)), jnp.asarray(old_k.transpose(0, 2, 3, 1)),
+                                 jnp.asarray(old_v.transpose(0, 2, 1, 3)), jnp.asarray(bias), 0.7)  # fmt: skip
+    np.testing.assert_allclose(found, whole[:, -1:], atol=1e-5)

@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +274,28 @@ def test_a_server_that_refuses_or_is_not_there_is_said_at_once(server, bench, to
     assert "serves a, b: say which model" in bench(*QUICK, code=2, out="c.json")["error"]
     assert "no answer" in bench(*QUICK, code=1, url="http://127.0.0.1:9", out="d.json")["error"]
     assert "begins with http://" in bench(*QUICK, code=2, url="ftp://x", out="e.json")["error"]
+
+
+def test_a_port_that_speaks_another_protocol_is_said(bench):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def greet():
+            line, _ = door.accept()
+            with line:
+                line.recv(4096)
+                line.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        said = bench(*QUICK, code=1, url=f"http://127.0.0.1:{door.getsockname()[1]}")["error"]
+        thread.join()
+    assert "no answer (SSH-2.0-OpenSSH_9.6" in said
+
+
+@pytest.mark.parametrize("told, version", [('{"version": "9.9"}', "9.9"), ("{", None), ("[1]", None), (None, None)])
+def test_a_version_that_cannot_be_read_is_none(told, version, monkeypatch):
+    monkeypatch.setattr(scrape, "_get", lambda url: told)
+    assert scrape._version("http://x/v1") == version
 
 
 def test_a_missing_tokenizer_is_asked_for(server, capsys):

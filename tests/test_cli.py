@@ -113,6 +113,13 @@ def test_a_bug_is_not_dressed_up_as_a_message(tmp_path):
         cli.main(["train", "tiny_cpu.yaml", recipe(tmp_path, "1 / 0")])
 
 
+@pytest.mark.parametrize("command", [["cp", "lora_sft"], ["validate"], ["data"], ["report"], ["plan"]], ids=" ".join)
+def test_a_path_that_is_too_long_is_one_message(command, capsys):
+    assert cli.main([*command, f"/tmp/{'x' * 300}.py"]) == 2
+    said = capsys.readouterr().err
+    assert "File name too long" in said and said.count("\n") == 1
+
+
 def test_under_json_stdout_holds_one_object_whatever_is_printed(run, tmp_path):
     chatty = recipe(tmp_path, "print('hello'); return {'loss': float('nan'), 'all': [float('inf'), 1.5]}")
     code, out, err = run("train", "tiny_cpu.yaml", chatty, "--json")

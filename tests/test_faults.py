@@ -34,10 +34,11 @@ def watch(start: int = 0, **section) -> faults.Watch:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_an_unsound_update_leaves_every_bit_but_the_counters(bad):
-    old = {"w": jnp.arange(4.0), "mu": jnp.ones(3, jnp.bfloat16), "count": jnp.int32(5)}
-    new = {"w": jnp.full(4, bad), "mu": jnp.full(3, bad, jnp.bfloat16), "count": jnp.int32(6)}
+    old = {"w": jnp.arange(4.0), "mu": jnp.ones(3, jnp.bfloat16), "sum": jnp.float32(2), "codes": jnp.arange(3)}
+    new = {"w": jnp.full(4, bad), "mu": jnp.full(3, bad, jnp.bfloat16), "sum": jnp.float32(bad)}
+    old, new = old | {"count": jnp.int32(5)}, new | {"count": jnp.int32(6), "codes": old["codes"] + 1}
     kept = jax.jit(step.keep_if_unsound)(jnp.isfinite(jnp.float32(bad)), new, old)
-    for name in ("w", "mu"):
+    for name in ("w", "mu", "sum", "codes"):
         assert np.asarray(kept[name]).tobytes() == np.asarray(old[name]).tobytes()
     assert kept["count"] == 6, "the schedule stays that of the step"
     taken = jax.jit(step.keep_if_unsound)(jnp.bool_(True), old, new)

@@ -226,6 +226,8 @@ def test_the_command_exports_and_a_taken_folder_stays(whole_run, tmp_path, capsy
     assert cli.main(command) == 0
     assert json.loads(capsys.readouterr().out)["form"] == "portable"
     assert cli.main(command) == 2 and "exists and is not empty" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exists and is not empty"):
+        merging.export_adapter(whole_run, out=tmp_path / "out")
 
 
 def test_for_vllm_v_has_ks_pair_where_v_is_k_and_all_else_stays(whole_run, exported, base32, tmp_path, capsys):

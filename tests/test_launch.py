@@ -505,6 +505,12 @@ def test_what_cannot_be_launched_is_said(more, words):
         launching.job_of(replace(request(), **changes), config.load("gemma4_31b_v5p8_fast.yaml", SETTLED))
 
 
+def test_where_there_is_no_checkout_to_send_a_package_is_asked_for(monkeypatch):
+    monkeypatch.setattr(launching, "_checkout", lambda: None)
+    assert "--package is missing: this is no checkout" in refusal(engine="tpu-vm")
+    assert job("tpu-vm", package="gemma_tpu[tpu] @ git+https://x/y").source is None
+
+
 def test_the_machine_gets_the_extras_that_the_config_needs():
     assert job().extras == "tpu,gcs"
     more = job(overrides=["data.path=[gs://mine/a.parquet, hf://datasets/org/name]", "log.trackers=[wandb]"])

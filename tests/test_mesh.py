@@ -1,5 +1,7 @@
 """The mesh: product, heads, rows and every spec are checked before anything is allocated."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -99,6 +101,16 @@ def test_auto_takes_as_much_fsdp_as_the_rows_can_feed(devices, rows, replicate_k
 def test_auto_says_when_nothing_fits():
     said = refusal(16, rows=2, auto=True)
     assert "16 devices" in said and "2 rows" in said and "[1, 2, 4]" in said
+
+
+def test_an_axis_that_is_not_named_has_one_part():
+    mixture = SimpleNamespace(layers=[SimpleNamespace(experts=SimpleNamespace(count=128))])
+    meshes.check_experts(mixture, {"fsdp": 2})
+    meshes.check_rows(3, {"tp": 2})
+    with pytest.raises(UserError, match=r"mesh\.fsdp=3 does not divide the 128 experts"):
+        meshes.check_experts(mixture, {"fsdp": 3})
+    with pytest.raises(UserError, match="data x fsdp = 2 does not divide"):
+        meshes.check_rows(3, {"data": 2})
 
 
 def test_a_built_mesh_has_all_four_axes_and_every_device():

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
+from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.schema import OptimConfig
 from gemma_tpu.step import optim
 
@@ -171,3 +173,19 @@ def test_norms_scalars_and_magnitudes_do_not_decay(tiny):
     still = {path for path, role in optim.roles(model).items() if not role.decays}
     assert all("norm" in path or "scalar" in path for path in still) and len(still) > 10
     assert "embed.w" not in still and optim.roles(model)["embed.w"].matrix is None  # Muon leaves it to Adam
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_what_an_optimizer_holds_of_a_tensor_lies_as_that_tensor_does(name):
+    """A moment as the whole tensor, Adafactor's sums over one dim as the other: a copy on every device costs memory."""
+    mesh = meshes.build({"fsdp": 2, "tp": 2})
+    trained = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in (("w", (256, 128)), ("v", (512,)))}
+    specs = {"w": PartitionSpec("fsdp", "tp"), "v": PartitionSpec("tp")}
+    state = jax.eval_shape(optim.optimizer(OptimConfig(name=name), optax.constant_schedule(1.0)).init, trained)
+    placed = optim.state_shardings(state, trained, meshes.shardings(mesh, specs))
+    wanted = {(256, 128): specs["w"], (512,): specs["v"], (256,): PartitionSpec("fsdp"), (128,): PartitionSpec("tp")}
+    found = {}
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert sharding.spec == wanted.get(leaf.shape, PartitionSpec()), leaf.shape
+        found[leaf.shape] = sharding
+    assert {(512,), (256,), (128,)} <= set(found) if name == "adafactor" else {(256, 128), (512,)} <= set(found)

@@ -161,6 +161,7 @@ def test_copies_of_the_model_have_their_own_sequences():
     (BIG, "v6e-1", Wish(), "does not fit: weights 57.2 GiB"),
     (BIG, "v6e-4", Wish(context=262_144), "--max-len 32768 fits"),
     ("gs://mine/model", "v6e-8", Wish(), "bring it here first: gcloud storage cp --recursive gs://mine/model models/"),
+    (__file__, "v6e-8", Wish(), "test_serve.py is a file; MODEL_DIR is the folder of a merged model"),
     ("models/nowhere", "v6e-8", Wish(), "models/nowhere: no such folder; MODEL_DIR is a merged folder"),
     (BIG, "v6e-8", Wish(hub_cache=Path("x")), "--hub-cache: nothing to link"),
     (BIG, "v6e-8", Wish(image="x", container=False), "--image and --bare do not go together"),

@@ -270,6 +270,12 @@ def test_a_folder_without_a_readable_tokenizer_or_template_is_refused(folder, tm
     with pytest.raises(UserError, match="generation_config.json is not valid JSON"):
         Tokenizer(copy)
     (copy / "generation_config.json").unlink()
+    named = copy / "tokenizer_config.json"
+    given = json.loads(named.read_text())
+    named.write_text(json.dumps({key: value for key, value in given.items() if key not in ("pad_token", "eos_token")}))
+    with pytest.raises(UserError, match="it sets neither pad_token nor eos_token"):
+        Tokenizer(copy)
+    named.write_text(json.dumps(given))
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         Tokenizer(copy).prompt(turns("q"))

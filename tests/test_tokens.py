@@ -68,6 +68,8 @@ def test_several_processes_give_what_one_gives_in_the_same_order(section, tokeni
     assert dict(one.dropped.counts) == {"not_JSON": 2, "empty": 2}
     assert one.dropped.where("empty") == "a.jsonl:291, b.jsonl:291"
     assert [one.where(row) for row in (0, 5, 298)] == ["a.jsonl:1", "a.jsonl:7", "b.jsonl:1"]
+    masks = [one.mask[start : start + length] for start, length in zip(one.starts, one.lengths, strict=True)]
+    assert [mask.sum() for mask in masks] == list(one.targets) and not any(mask[0] for mask in masks)
 
 
 def test_a_process_that_dies_is_a_failed_run_and_leaves_no_other_behind(section, tokenizer, monkeypatch) -> None:
@@ -177,8 +179,9 @@ def test_a_cache_that_cannot_be_written_is_said(section, tokenizer, tmp_path) ->
 
 def test_workers_end_when_their_parent_is_gone(section, base32) -> None:
     code = (
-        "import os, sys; from gemma_tpu.data import workers; from gemma_tpu.data.encoding import Settings\n"
-        f"pool = workers.Pool(Settings({{}}, (), 'assistant'), {str(base32)!r}, 1); pool.ready()\n"
+        "import os, sys, time; from gemma_tpu.data import workers; from gemma_tpu.data.encoding import Settings\n"
+        f"pool = workers.Pool(Settings({{}}, (), 'assistant'), {str(base32)!r}, 1)\n"
+        "while not pool.ready(): time.sleep(0.02)\n"  # before that it would end of another cause
         "print(pool._processes[0].pid, flush=True); sys.stdout.close(); os.kill(os.getpid(), 9)"
     )
     dead = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60,

@@ -189,3 +189,19 @@ def test_half_an_adapter_is_an_error(tiny):
     del ours["blocks.0.0.mlp.up_proj.lora_a"]
     with pytest.raises(UserError, match="up_proj.lora_b"):
         weights.split_lora(model.arch, ours)
+
+
+def test_a_stack_of_experts_is_two_matrices_to_peft_and_the_inner_of_two_stacks_is_wrapped():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 5, 3))  # [expert, rank, in], [expert, out, rank]
+    up, down, module = "m.layers.0.experts.gate_up_proj", "m.layers.0.experts.down_proj", "base_model.model.m.layers.0"
+    both = weights.to_peft({up: (a, b), down: (a + 1, b + 1)})
+    places = (f"{module}.experts.base_layer", f"{module}.experts")
+    assert set(both) == {f"{place}.lora_{side}.weight" for place in places for side in "AB"}
+    inner = [both[f"{module}.experts.base_layer.lora_{side}.weight"] for side in "AB"]
+    for expert in range(2):
+        np.testing.assert_array_equal(inner[0][3 * expert : 3 * expert + 3], a[expert])
+        np.testing.assert_array_equal(inner[1][:, expert::2], b[expert])
+    np.testing.assert_array_equal(both[f"{module}.experts.lora_A.weight"], inner[0] + 1)
+    for one in (up, down):
+        assert set(weights.to_peft({one: (a, b)})) == {f"{module}.experts.lora_{side}.weight" for side in "AB"}

@@ -3,6 +3,7 @@
 vLLM's names are looked for without their prefix (`vllm:`), so that other servers that expose the same are read too.
 """
 
+import http.client
 import os
 import re
 import urllib.error
@@ -60,17 +61,9 @@ def server(url: str, model: str | None) -> Server:
     if listed and name not in listed:
         raise UserError(f"--model {name}: {where} serves {plain.first(map(plain.cut, listed))}")
     entry = listed.get(name, {})
-    version = _get(_beside(where, "/version"))
     longest, root = entry.get("max_model_len"), entry.get("root")
     return Server(where, name, root if isinstance(root, str) else None, longest if type(longest) is int else None,
-                  _version(version), settings(metrics(where)))  # fmt: skip
-
-
-def _version(said: str | None) -> str | None:
-    try:
-        return str(plain.require(plain.json_value(said or ""), {"version": str}, "/version")["version"])
-    except (ValueError, UserError):  # another kind of server
-        return None
+                  _version(where), settings(metrics(where)))  # fmt: skip
 
 
 def _models(where: str) -> dict[str, dict[str, Any]]:
@@ -83,11 +76,19 @@ def _models(where: str) -> dict[str, dict[str, Any]]:
         error.close()
         hint = "; set OPENAI_API_KEY to a key of this server" if error.code in (401, 403) else ""
         raise UserError(f"{where}/models: {error.code} {error.reason}{hint}") from None
-    except OSError as error:
-        told = getattr(error, "reason", error)
-        raise RunError(f"{where}: no answer ({told}); is the server up?") from None
+    except (OSError, http.client.HTTPException) as error:
+        told = getattr(error, "reason", None) or error
+        raise RunError(f"{where}: no answer ({told!s:.80}); is the server up?") from None
     except ValueError:
         raise UserError(f"{where}/models: not the answer of an OpenAI-compatible server") from None
+
+
+def _version(where: str) -> str | None:
+    try:
+        found = plain.json_value(_get(_beside(where, "/version")) or "")
+        return str(plain.require(found, {"version": str}, "/version")["version"])
+    except (ValueError, UserError):  # another kind of server
+        return None
 
 
 def metrics(where: str) -> Samples:
@@ -169,6 +170,6 @@ def _get(url: str) -> str | None:
             return str(answer.read(), "utf-8", "replace")
     except urllib.error.HTTPError as error:
         error.close()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         pass  # a server that does not answer is noticed where it is asked for tokens
     return None

@@ -259,8 +259,8 @@ class Walker:
         alone = moved * chip.devices / (self.place.network_gbs * 1e9)
         self.links += moved * times
         self.assumptions[
-            f"the network between slices: {self.place.network_gbs:g} GB/s a chip ({chip.sources['network']}); a sum goes "
-            "round the slices as a ring, and the way through the hosts costs nothing"
+            f"the network between slices: {self.place.network_gbs:g} GB/s a chip ({chip.sources['network']}); a sum "
+            "goes round the slices as a ring, and the way through the hosts costs nothing"
         ] = None
         made = Pending(f"sum over the slices, {key}", "network", alone, moved, self.time.send({NETWORK_LINK: alone}))
         self.time.start(key, made)
