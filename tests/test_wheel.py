@@ -121,6 +121,7 @@ def test_help_and_the_list_name_what_ships(place: Place) -> None:
 
 
 def test_what_ships_can_be_copied_and_is_the_same(place: Place) -> None:
+    (place.folder / "copies").mkdir()
     for name, source in (("tiny_cpu.yaml", "configs"), ("dpo.py", "recipes"), ("gpu_baseline", "recipes")):
         place.run("cp", name, "copies/" + name)
         files = [ROOT / name for name in tracked(f"{source}/{name}")]
@@ -147,7 +148,7 @@ def test_a_config_of_ones_own_is_made_and_planned(place: Place) -> None:
 def test_schema_completion_and_serving_read_their_files(place: Place) -> None:
     assert "lora" in place.json("schema")["properties"]
     assert "gemma-tpu" in place.run("completion", "bash").stdout
-    assert "vllm serve" in place.run("serve", "google/gemma-4-31B-it", "--on", "v6e-8").stdout
+    assert place.run("serve", "google/gemma-4-31B-it", "--on", "v6e-8").stdout.startswith("#!/")
 
 
 def test_a_run_is_trained_merged_and_verified(place: Place, run_dir: str) -> None:
