@@ -110,7 +110,7 @@ docs: .venv/.docs ## the documentation as a site, in build/site
 
 clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
 	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base
-	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist .cache .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The tiny base: random weights, then a short full fine-tuning on rows of other tasks. Only the default config needs it.
