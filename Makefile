@@ -11,6 +11,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup plan train merge verify eval demo test test-slow test-clients coverage mutants check bench docs clean test-baseline
+.PHONY: test-wheel test-bounds test-pythons test-debian
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,21 @@ test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS
 test-baseline: .venv/.dev $(CLIENTS)/.trl ## the GPU baseline's losses against ours, by TRL, on this CPU
 	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_baseline.py $(ARGS)
 
+test-wheel: .venv/.dev ## the wheel as a user installs it: far from the checkout, without torch
+	GEMMA_TPU_REGISTRY=1 $(BIN)/pytest -m slow tests/test_wheel.py $(ARGS)
+
+test-bounds: .venv/.dev ## the core tests with the lowest and with the newest dependencies
+	$(BIN)/python scripts/try_versions.py lowest newest
+
+PYTHONS ?= 3.12 3.13
+test-pythons: .venv/.dev ## the core tests in PYTHONS="3.12 /path/to/python": versions or interpreters
+	$(BIN)/python scripts/try_versions.py $(PYTHONS)
+
+DEBIAN ?= /var/tmp/gemma_tpu-debian
+SUITE ?= trixie
+test-debian: ## as root: `make demo` in a bare Debian, made in the new folder DEBIAN, timed
+	scripts/bare_debian.sh $(DEBIAN) $(SUITE)
+
 # Stamps again. The first three are read beside the packages of .venv, and before them.
 $(CLIENTS)/.transformers-5.5:
 	$(BIN)/pip install --quiet --upgrade --target $(CLIENTS)/transformers-5.5 'transformers==5.5.*'
@@ -100,7 +116,7 @@ docs: .venv/.docs ## the documentation as a site, in build/site
 
 clean: ## remove caches and what the tiny configs made; .venv and every other run and model stay
 	rm -rf runs/tiny_base runs/tiny_cpu models/tiny-random models/tiny-base
-	rm -rf build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .cache .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The tiny base: random weights, then a short full fine-tuning on rows of other tasks. Only the default config needs it.

@@ -1,6 +1,7 @@
 """The command line: one clear message, the right exit code, and nothing but one object on stdout under --json."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,17 @@ assert not {"jax", "flax", "orbax", "transformers"} & set(sys.modules), "heavy i
     assert seen.returncode == 0, seen.stderr
     for command in ("train", "validate", "tiny", "merge", "verify", "sample", "eval", "examples:"):
         assert command in seen.stdout
+
+
+def test_help_takes_half_a_second_at_most():
+    """Of the processor, in a process of its own: on an idle machine that is the time that passes."""
+    taken = []
+    for _ in range(5):
+        before = os.times()
+        assert shell("-m", "gemma_tpu", "--help").returncode == 0
+        after = os.times()
+        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert sorted(taken)[2] <= 0.5, taken
 
 
 @pytest.mark.parametrize(
