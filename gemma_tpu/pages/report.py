@@ -63,7 +63,7 @@ def _facts(rows: Sequence[Row], summary: Row, held_out: Sequence[Row]) -> str:
         found.append(("devices", f"{summary['devices']} x {summary['device_kind']}",
                       f"{summary.get('hosts', 1)} host(s)", ""))  # fmt: skip
     if last.get("usd") is not None:
-        found.append(("cost", f"${last['usd']:,.2f}", "of the time in training", ""))
+        found.append(("cost", f"${last['usd']:,.2f}", "since the command began", ""))
     skipped = sum(row.get("skipped", 0) for row in rows)
     found.append(("updates not applied", str(skipped), "loss or gradient was no number", "bad" if skipped else ""))
     return page.facts(found)
@@ -119,7 +119,9 @@ def _cost(rows: Sequence[Row]) -> str:
     usd, tokens = rows[-1].get("usd"), sum(row["tokens"] for row in rows)
     if usd is None:
         return page.paragraph("The price of these devices is not known; log.usd_per_hour sets one.", "note")
-    return page.paragraph(f"${usd:,.2f} so far, ${usd / tokens * 1e6:,.2f} for a million tokens without padding.")
+    each = usd / tokens * 1e6
+    return page.paragraph(f"${usd:,.2f} so far, loading and compiling included: ${each:,.2f} for a million tokens "
+                          "without padding.")  # fmt: skip
 
 
 def _samples(samples: Sequence[Row]) -> str:

@@ -41,12 +41,11 @@ class Logbook:
                 path.stem: metrics.Journal(path, start) for path in (run.held_out, run.samples, run.warnings)
             }
             self._trackers = trackers.open_trackers(
-                run.path, config.log.tensorboard, config.log.trackers, config.log.project, run.path.name,
-                to_dict(config),
+                run.path, config.log.tensorboard, config.log.trackers, config.log.project, to_dict(config), start > 0,
             )  # fmt: skip
         last = self._journals["metrics"].last if first else None
         self._progress = metrics.Progress(loader.total_steps, start, config.log.every, config.log.progress and first)
-        self.meter = Meter(rates, (last or {}).get("usd", 0.0))
+        self.meter = Meter(rates, (last or {}).get("usd", 0.0), run.opened)
 
     @property
     def skipped(self) -> int:

@@ -12,10 +12,13 @@ from gemma_tpu.schema import Config
 class Profile:
     """A profiler trace of a window of steps, for TensorBoard's profile plugin or Perfetto."""
 
-    def __init__(self, config: Config, run: RunFolder, start: int):
+    def __init__(self, config: Config, run: RunFolder, start: int, total: int):
         first = config.profile.start
-        self._first = None if first is None or first <= start else first
-        self._last = None if self._first is None else self._first + config.profile.steps - 1
+        self._first = None if first is None or not start < first <= total else first
+        if first is not None and self._first is None:
+            why = f"this run ends at update {total}" if first > total else f"this run goes on after update {start}"
+            say(f"note: no profile: profile.start is {first}, and {why}")
+        self._last = self._seen = None if self._first is None else self._first + config.profile.steps - 1
         self._folder, self._running = run.path / "profile", False
 
     def before(self, number: int) -> None:
@@ -24,6 +27,8 @@ class Profile:
             self._running = True
 
     def after(self, number: int, found: Any) -> None:
+        if self._running:
+            self._seen = number
         if number == self._last:
             jax.block_until_ready(found)
             self.close()
@@ -32,4 +37,4 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            say(f"profile of steps {self._first} to {self._last}: {self._folder}")
+            say(f"profile of steps {self._first} to {self._seen}: {self._folder}")
