@@ -146,7 +146,9 @@ def _config(tree: Mapping[str, Any], summary: Row) -> str:
             for key, value in section.items()]  # fmt: skip
     flat += [(name, value) for name, value in tree.items() if not isinstance(value, dict)]
     flat += [(name, summary[name]) for name in ("version", "trainable_params") if name in summary]
-    return page.table(("key", "value"), [(name, "null" if value is None else value) for name, value in flat])
+    flat += [(f"rows {name}", value) for name, value in summary.get("rows", {}).items()]
+    return page.table(("key", "value"), [(name, value if isinstance(value, str) else json.dumps(value))
+                                         for name, value in flat])  # fmt: skip
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -96,8 +96,8 @@ class Logbook:
             tracker.scalars(number, {"held_out/loss": loss, "held_out/perplexity": perplexity})
 
     def sample(self, number: int, prompt: str, text: str) -> None:
-        first = " ".join(text.split())
-        metrics.say(f"sample at step {number}: {first[:160]}{'…' * (len(first) > 160)}")
+        asked, first = (" ".join(one.split()) for one in (prompt, text))
+        metrics.say(f"sample at step {number} of '{_cut(asked, 60)}': {_cut(first, 160) or '(no text)'}")
         self._write("samples", {"step": number, "prompt": prompt, "text": text})
         for tracker in self._trackers:
             tracker.text(number, f"sample/{prompt[:60]}", text)
@@ -127,3 +127,7 @@ class Logbook:
 
     def _rows_of(self, number: int) -> list[str]:
         return [self._loader.prepared.where(row) for row in self._loader.rows_of(number - 1)]
+
+
+def _cut(text: str, length: int) -> str:
+    return text[:length] + "…" * (len(text) > length)

@@ -210,6 +210,7 @@ class Trainer:
             "best_step": best,
             "tokens": sum(row["tokens"] for row in rows),
             "target_tokens": sum(row["target_tokens"] for row in rows),
+            "rows": self.record({})["rows"],
             "lengths": self.loader.widths.tolist(),
             "padding_share": round(self.loader.padding_share, 4),
             "trainable_params": sum(int(np.prod(x.shape)) for x in self.state["trained"].values()),
