@@ -28,8 +28,10 @@ NEW = 6
 ASKED = ("Write a Verilog module for a 2-bit counter.", "What is an AND gate?", "module top(input a, output y);")
 CHOICES = [" a", " the", " module", " output"]
 # Gemma 4's text class reads the folders and adapters of the multimodal one; Gemma 3's those of the text-only sizes
-# alone, and the multimodal class imports torchvision.
-TEXT = {"gemma4": ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}'), "gemma3": ()}
+# alone: 4B is served by its multimodal class without the vision tower, which imports torchvision all the same.
+TEXT = {
+    "gemma4": ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}'), "gemma3-4b": ("--language-model-only",),
+}  # fmt: skip
 PATHS = {"gemma3-4b": (Path(__file__).parent / "torchvision_site", CLIENTS / "torchvision")}
 # What this vLLM cannot do on a CPU: (architecture, what) -> a part of what it says itself. With LoRA it takes Triton's
 # kernels for the experts of every model that has some, before it looks at --lora-target-modules or --moe-backend
@@ -77,8 +79,8 @@ def served(case: Case, what: str, *options: str):
     folder = case.folder("merged" if what == "merged" else "base")
     known = UNSERVED.get((case.name, what))
     try:
-        with Server(folder, case.root / f"{what}.log", (*TEXT[case.name[:6]], *options),
-                    PATHS.get(case.name, ())) as server:  # fmt: skip
+        text = TEXT.get(case.name, TEXT.get(case.name[:6], ()))
+        with Server(folder, case.root / f"{what}.log", (*text, *options), PATHS.get(case.name, ())) as server:
             server.ask_once()
             assert known is None, f"vLLM serves the {what} of {case.name} now: take it out of UNSERVED"
             yield server
