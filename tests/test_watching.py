@@ -6,7 +6,9 @@ import shutil
 import struct
 import sys
 from importlib.machinery import ModuleSpec
+from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.run import metrics
 from gemma_tpu.run.checkpoint import Checkpoints, checksum
 from gemma_tpu.run.runs import RunFolder
-from gemma_tpu.training import trackers
+from gemma_tpu.training import tracing, trackers
 from gemma_tpu.training.logbook import Logbook
 from gemma_tpu.training.meter import Compilations, Meter, Rates
 from gemma_tpu.training.tracing import Profile
@@ -377,6 +379,20 @@ def test_a_profile_that_will_not_be_taken_is_said(start, said, tmp_path, base32,
     total = 20 if start != 35 else 50
     Profile(run_config(base32, tmp_path / "run", "profile.start=30"), RunFolder(tmp_path), start, total)
     assert said in capsys.readouterr().err
+
+
+def test_a_profile_by_another_libtpu_is_refused_before_it_ends_the_process(tmp_path, base32, monkeypatch):
+    def asked():
+        Profile(run_config(base32, tmp_path / "run", "profile.start=3"), RunFolder(tmp_path), 0, 20)
+
+    monkeypatch.setattr(tracing, "version", lambda name: {"libtpu": "0.0.1", "jax": "0.10"}[name])
+    asked()  # on a CPU that is asked for libtpu is not loaded
+    monkeypatch.setattr(tracing.jax, "config", SimpleNamespace(jax_platforms=None))
+    with pytest.raises(UserError, match=r"libtpu 0.0.1 ends the process under JAX 0.10, which wants libtpu==0"):
+        asked()
+    wanted = next(one for one in requires("jax") if one.startswith("libtpu")).split("==")[1].split(".*")[0]
+    monkeypatch.setattr(tracing, "version", lambda name: f"{wanted}.1")
+    asked()
 
 
 @pytest.mark.slow
