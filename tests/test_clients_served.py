@@ -77,6 +77,9 @@ def case(request, tmp_path_factory):
 def served(case: Case, what: str, *options: str):
     """The server, or a skip that names what vLLM said; it must say just that."""
     folder = case.folder("merged" if what == "merged" else "base")
+    for path in PATHS.get(case.name, ()):
+        if not path.exists():
+            pytest.skip(f"{path} is not there: make test-clients")
     known = UNSERVED.get((case.name, what))
     try:
         text = TEXT.get(case.name, TEXT.get(case.name[:6], ()))
