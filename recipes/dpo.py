@@ -54,6 +54,9 @@ def main(config: Config) -> dict[str, Any]:
     if chosen:
         say(lora.table(chosen))
     say(f"preference loss {config.preference.loss}, beta {config.preference.beta:g}")
+    if config.lora.init_from is not None and config.preference.loss != "simpo":
+        say("note: the reference is the base without the adapter of lora.init_from; to stay near to that one, merge it "
+            "and point model.path at the result")  # fmt: skip
 
     # Shardings, then the weights, streamed onto their shards.
     shardings, fixes = loading.place(model, device_mesh, config.mesh.replicate_kv)

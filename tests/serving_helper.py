@@ -50,13 +50,15 @@ class Server:
     folder: Path
     log: Path
     options: tuple[str, ...] = ()
+    paths: tuple[Path, ...] = ()  # of more packages
     port: int = field(default_factory=lambda: free_port())
 
     def __enter__(self) -> "Server":
         command = [program("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder,
                    "--served-model-name", "model", "--port", self.port, *OPTIONS, *self.options]  # fmt: skip
+        more = {"PYTHONPATH": os.pathsep.join(map(str, self.paths))} if self.paths else {}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment(),
+            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment(**more),
                                             cwd=self.log.parent, start_new_session=True)  # fmt: skip
         try:
             self._await()

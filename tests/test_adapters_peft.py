@@ -192,7 +192,7 @@ def test_pissa_starts_where_pefts_does_and_changes_nothing_yet(tiny):
         np.testing.assert_allclose(one.a, a.numpy() * signs[:, None], atol=1e-5)
         np.testing.assert_allclose(one.b, b.numpy() * signs, atol=1e-5)
         residual = module.get_base_layer().weight.detach().numpy()
-        np.testing.assert_allclose(base.read(hf) - one.scale * one.b0 @ one.a0, residual, atol=5e-6)
+        np.testing.assert_allclose(base.read(hf) - one.scale * one.b0 @ one.a0, residual, atol=1e-5)  # as their factors
     batch = padded_rows(model.arch.vocab)
     same = logits(model, batch["tokens"], batch["segment_ids"])
     assert largest_difference(same, logits(load(folder), batch["tokens"], batch["segment_ids"])) <= 1e-5

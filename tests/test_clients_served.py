@@ -11,7 +11,7 @@ import arch_helper
 import helpers
 import numpy as np
 import pytest
-from serving_helper import NotServed, Server, lm_eval, log_probabilities, program
+from serving_helper import CLIENTS, NotServed, Server, lm_eval, log_probabilities, program
 
 from gemma_tpu.adapter import peft_folder
 from gemma_tpu.adapter.updates import LowRank
@@ -27,16 +27,16 @@ NEAR, FAR = 1e-3, 0.1  # of log-probabilities: the bound, and what the adapter m
 NEW = 6
 ASKED = ("Write a Verilog module for a 2-bit counter.", "What is an AND gate?", "module top(input a, output y);")
 CHOICES = [" a", " the", " module", " output"]
-# The multimodal classes import torchvision, which PyPI has for CPUs nowhere. Gemma 4's text class reads the same
-# folders and adapters; Gemma 3's reads those of the text-only sizes alone.
-TEXT = {"gemma4": ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}'), "gemma3": ()}
+# Gemma 4's text class reads the folders and adapters of the multimodal one; Gemma 3's those of the text-only sizes
+# alone: 4B is served by its multimodal class without the vision tower, which imports torchvision all the same.
+TEXT = {
+    "gemma4": ("--hf-overrides", '{"architectures": ["Gemma4ForCausalLM"]}'), "gemma3-4b": ("--language-model-only",),
+}  # fmt: skip
+PATHS = {"gemma3-4b": (Path(__file__).parent / "torchvision_site", CLIENTS / "torchvision")}
 # What this vLLM cannot do on a CPU: (architecture, what) -> a part of what it says itself. With LoRA it takes Triton's
-# kernels for the experts of every model that has some, whether the adapter is on them or not.
-UNSERVED = {
-    ("gemma3-4b", "merged"): "ModuleNotFoundError: No module named 'torchvision'",
-    ("gemma3-4b", "adapter"): "ModuleNotFoundError: No module named 'torchvision'",
-    ("gemma4-26b-a4b", "adapter"): "AttributeError: module 'triton.language' has no attribute 'float32'",
-}
+# kernels for the experts of every model that has some, before it looks at --lora-target-modules or --moe-backend
+# (select_unquantized_moe_backend); on a TPU it does not.
+UNSERVED = {("gemma4-26b-a4b", "adapter"): "AttributeError: module 'triton.language' has no attribute 'float32'"}
 
 
 @dataclass
@@ -77,9 +77,13 @@ def case(request, tmp_path_factory):
 def served(case: Case, what: str, *options: str):
     """The server, or a skip that names what vLLM said; it must say just that."""
     folder = case.folder("merged" if what == "merged" else "base")
+    for path in PATHS.get(case.name, ()):
+        if not path.exists():
+            pytest.skip(f"{path} is not there: make test-clients")
     known = UNSERVED.get((case.name, what))
     try:
-        with Server(folder, case.root / f"{what}.log", (*TEXT[case.name[:6]], *options)) as server:
+        text = TEXT.get(case.name, TEXT.get(case.name[:6], ()))
+        with Server(folder, case.root / f"{what}.log", (*text, *options), PATHS.get(case.name, ())) as server:
             server.ask_once()
             assert known is None, f"vLLM serves the {what} of {case.name} now: take it out of UNSERVED"
             yield server

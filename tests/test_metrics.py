@@ -35,6 +35,7 @@ def test_steps_after_the_checkpoint_are_dropped(tmp_path):
     journal(tmp_path / "metrics.jsonl", range(1, 8))
     resumed = metrics.Journal(tmp_path / "metrics.jsonl", 5)
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    assert resumed.last == row(7), "what is run again was paid for all the same"
     resumed.write(row(6))
     resumed.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]

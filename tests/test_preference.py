@@ -168,13 +168,13 @@ def test_lines_that_are_no_pairs_are_named_and_what_is_dropped_is_counted(base32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "simpo"])
-def test_a_run_on_pairs_learns_them_and_its_checkpoint_merges(base32, compile_cache, tmp_path, name):
+@pytest.mark.parametrize("name, beta", [("dpo", 0.1), ("simpo", 2.0)])  # SimPO's scores are of a token, not of all
+def test_a_run_on_pairs_learns_them_and_its_checkpoint_merges(base32, compile_cache, tmp_path, name, beta):
     import gemma_tpu
 
     file = written(tmp_path / "pairs.jsonl", [pair(number) for number in range(64)])
     run = run_config(base32, tmp_path / "run", "recipe=dpo.py", f"preference.loss={name}", f"data.path={file}",
-                     "data.max_seq_len=128", "train.steps=12", "lora.dropout=0")  # fmt: skip
+                     f"preference.beta={beta}", "data.max_seq_len=128", "train.steps=12", "lora.dropout=0")  # fmt: skip
     train(run)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert name != "dpo" or losses[0] == pytest.approx(np.log(2), abs=1e-4)

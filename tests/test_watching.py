@@ -5,19 +5,25 @@ import math
 import shutil
 import struct
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs_helper import STEPS, first_rows, rows, run_config, saved, train
 
 from gemma_tpu import cli
+from gemma_tpu.commands import train_cli
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.run import metrics
 from gemma_tpu.run.checkpoint import Checkpoints, checksum
-from gemma_tpu.training import trackers
+from gemma_tpu.run.runs import RunFolder
+from gemma_tpu.training import tracing, trackers
 from gemma_tpu.training.logbook import Logbook
 from gemma_tpu.training.meter import Compilations, Meter, Rates
+from gemma_tpu.training.tracing import Profile
 
 # --- TensorBoard --------------------------------------------------------------------------------------------
 
@@ -98,12 +104,20 @@ def test_tensorboard_itself_reads_the_file(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_said(tmp_path):
-    with pytest.raises(UserError, match="trackio, which is not installed: pip install trackio"):
-        trackers.open_trackers(tmp_path, False, ["trackio"], "p", "r", {})
+    with pytest.raises(UserError, match=r"names trackio, which is not installed: pip install 'gemma_tpu\[trackio\]'"):
+        trackers.open_trackers(tmp_path, False, ["trackio"], "p", {}, False)
+
+
+def test_an_absent_tracker_is_said_before_anything_is_loaded(base32, tmp_path):
+    run = run_config(base32, tmp_path / "run", "log.trackers=[trackio, wandb]")
+    with pytest.raises(UserError, match=r"trackio and wandb, which are not installed: .*\[trackio,wandb\]"):
+        train_cli.run(run, lambda config: pytest.fail("it has begun"), rehearse=True)
 
 
 class Service:
     """W&B's four calls, which Trackio shares."""
+
+    __spec__ = ModuleSpec("service", None)  # it is installed
 
     def __init__(self):
         self.begun, self.logged, self.finished, self.broken = {}, [], 0, False
@@ -123,7 +137,7 @@ class Service:
 def test_a_tracker_has_the_figures_and_one_that_fails_costs_its_own_curve_alone(tmp_path, monkeypatch, capsys):
     service = Service()
     monkeypatch.setitem(sys.modules, "trackio", service)
-    one, = trackers.open_trackers(tmp_path, False, ["trackio"], "project", "run", {"seed": 1})
+    one, = trackers.open_trackers(tmp_path / "run", False, ["trackio"], "project", {"seed": 1}, True)
     assert service.begun == {"project": "project", "name": "run", "config": {"seed": 1}, "resume": "allow"}
     one.scalars(1, {"train/loss": 2.0})
     one.text(1, "sample/x", "text")
@@ -134,6 +148,19 @@ def test_a_tracker_has_the_figures_and_one_that_fails_costs_its_own_curve_alone(
     one.close()
     assert capsys.readouterr().err == "warning: trackio is left out from here on: the service is away\n"
     assert len(service.logged) == 2 and service.finished == 0
+
+
+def test_a_continued_run_goes_on_in_its_curve_and_a_new_one_never_in_an_old_one(tmp_path, monkeypatch):
+    begun = {}
+    for name in ("trackio", "wandb"):
+        monkeypatch.setitem(sys.modules, name, Service())
+        begun[name] = []
+        for continued in (False, True, False):
+            trackers.open_trackers(tmp_path, False, [name], "project", {}, continued)
+            begun[name].append(sys.modules[name].begun)
+    assert [one["resume"] for one in begun["trackio"]] == ["never", "allow", "never"]
+    first, second, third = (one["id"] for one in begun["wandb"])
+    assert first == second != third
 
 
 def test_lines_that_find_no_room_are_kept_and_written_when_there_is_some(tmp_path, capsys):
@@ -176,11 +203,12 @@ def test_lines_that_find_no_room_are_kept_and_written_when_there_is_some(tmp_pat
 def test_the_meter_knows_mfu_padding_and_cost(monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 20.0])
     monkeypatch.setattr("gemma_tpu.training.meter.time.monotonic", lambda: next(clock))
-    meter = Meter(Rates(flops_per_token=1e6, peak_flops=1e9, usd_per_hour=3600.0), spent=5.0)
+    meter = Meter(Rates(flops_per_token=1e6, peak_flops=1e9, usd_per_hour=3600.0), spent=5.0, paid_since=-30.0)
     meter.restart()
     found = meter.measure(tokens=1000, positions=1250, waited=0.5)  # 2 s
     assert found["tokens_per_s"] == 500.0 and found["mfu"] == 0.5
-    assert found["padding"] == 0.2 and found["data_wait"] == 0.25 and found["usd"] == 7.0
+    assert found["padding"] == 0.2 and found["data_wait"] == 0.25
+    assert found["usd"] == 5.0 + 30.0 + 12.0, "loading and compiling are paid for"
     meter.pause(6.0)  # a held-out loss
     assert meter.measure(1000, 1250, 0.0)["step_s"] == 2.0
 
@@ -334,12 +362,37 @@ def test_the_report_shows_what_the_run_folder_knows(watched, capsys):
     config, summary = watched
     page = Path(config.run_dir) / "report.html"
     text = page.read_text()
-    for wanted in ("Held-out loss", "Write a counter.", "tokens/s", "lora.rank", "$", "best held-out loss"):
+    for wanted in ("Held-out loss", "Write a counter.", "tokens/s", "lora.rank", "$", "best held-out loss",
+                   "rows dropped"):  # fmt: skip
         assert wanted in text, wanted
     assert text.count("<svg") >= 4 and "<script" not in text and "http" not in text.replace("http://www.w3.org", "")
     page.unlink()
     assert cli.main(["report", config.run_dir, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(page)} and page.read_text() == text
+
+
+@pytest.mark.parametrize("start, said", [
+    (0, "profile.start is 30, and this run ends at update 20"), (40, "profile.start is 30, and this run ends at"),
+    (35, "profile.start is 30, and this run goes on after update 35"),
+])  # fmt: skip
+def test_a_profile_that_will_not_be_taken_is_said(start, said, tmp_path, base32, capsys):
+    total = 20 if start != 35 else 50
+    Profile(run_config(base32, tmp_path / "run", "profile.start=30"), RunFolder(tmp_path), start, total)
+    assert said in capsys.readouterr().err
+
+
+def test_a_profile_by_another_libtpu_is_refused_before_it_ends_the_process(tmp_path, base32, monkeypatch):
+    def asked():
+        Profile(run_config(base32, tmp_path / "run", "profile.start=3"), RunFolder(tmp_path), 0, 20)
+
+    monkeypatch.setattr(tracing, "version", lambda name: {"libtpu": "0.0.1", "jax": "0.10"}[name])
+    asked()  # on a CPU that is asked for libtpu is not loaded
+    monkeypatch.setattr(tracing.jax, "config", SimpleNamespace(jax_platforms=None))
+    with pytest.raises(UserError, match=r"libtpu 0.0.1 ends the process under JAX 0.10, which wants libtpu==0"):
+        asked()
+    wanted = next(one for one in requires("jax") if one.startswith("libtpu")).split("==")[1].split(".*")[0]
+    monkeypatch.setattr(tracing, "version", lambda name: f"{wanted}.1")
+    asked()
 
 
 @pytest.mark.slow

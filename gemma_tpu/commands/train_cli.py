@@ -11,7 +11,7 @@ from gemma_tpu.errors import UserError
 from gemma_tpu.hardware import devices, distributed
 from gemma_tpu.run import metrics, runs
 from gemma_tpu.schema import Config
-from gemma_tpu.training import mirrored
+from gemma_tpu.training import mirrored, trackers
 
 REPORT = ("make a run's report.html again, also while it trains; or compare runs",
           "gemma-tpu report runs/mine --compare runs/mine_gpu --html both.html")  # fmt: skip
@@ -23,6 +23,7 @@ def run(
     """On this host's devices, and with the other hosts where there are some."""
     if mirror:
         _check_mirror(config, rehearse, mirror)
+    trackers.require(config.log.trackers)
     if config.mesh.cpu_devices:
         devices.cpu(config.mesh.cpu_devices)
     distributed.start(config.distributed)

@@ -90,7 +90,7 @@ def figures(run: Run) -> Row:
         "tokens_per_s": median(row["tokens_per_s"] for row in rows), "mfu": median(shares) if shares else None,
         "padding": math.fsum(padding) / len(padding) if padding else None,
         "memory_gib": max(held, default=None), "usd": usd,
-        "usd_per_million_tokens": usd / tokens * 1e6 if usd is not None and tokens else None,
+        "usd_per_million_tokens": _usd_per_million(rows),
         "trainable_params": run.summary.get("trainable_params"),
     }  # fmt: skip
 
@@ -149,6 +149,14 @@ def _configured(first: Run, other: Run, names: str) -> Iterator[str]:
             yield f"state: {run.name} has no summary.json: it has not finished"
         if run.rows[-1].get("usd") is None:
             yield f"cost: the price of {run.name}'s devices is not known; log.usd_per_hour sets one"
+
+
+def _usd_per_million(rows: Sequence[Row]) -> float | None:
+    """From the first update on: what starting costs says nothing of the run, and not every program counts it."""
+    tokens = sum(row["tokens"] for row in rows[1:])
+    if not tokens or rows[0].get("usd") is None or rows[-1].get("usd") is None:
+        return None
+    return (rows[-1]["usd"] - rows[0]["usd"]) / tokens * 1e6
 
 
 def _held(settings: Config) -> str:

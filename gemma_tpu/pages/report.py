@@ -65,7 +65,7 @@ def _facts(rows: Sequence[Row], summary: Row, held_out: Sequence[Row]) -> str:
         found.append(("devices", f"{summary['devices']} x {summary['device_kind']}",
                       f"{summary.get('hosts', 1)} host(s)", ""))  # fmt: skip
     if last.get("usd") is not None:
-        found.append(("cost", f"${last['usd']:,.2f}", "of the time in training", ""))
+        found.append(("cost", f"${last['usd']:,.2f}", "since the command began", ""))
     skipped = sum(row.get("skipped", 0) for row in rows)
     found.append(("updates not applied", str(skipped), "loss or gradient was no number", "bad" if skipped else ""))
     return page.facts(found)
@@ -121,7 +121,9 @@ def _cost(rows: Sequence[Row]) -> str:
     usd, tokens = rows[-1].get("usd"), sum(row["tokens"] for row in rows)
     if usd is None:
         return page.paragraph("The price of these devices is not known; log.usd_per_hour sets one.", "note")
-    return page.paragraph(f"${usd:,.2f} so far, ${usd / tokens * 1e6:,.2f} for a million tokens without padding.")
+    each = usd / tokens * 1e6
+    return page.paragraph(f"${usd:,.2f} so far, loading and compiling included: ${each:,.2f} for a million tokens "
+                          "without padding.")  # fmt: skip
 
 
 def _samples(samples: Sequence[Row]) -> str:
@@ -146,7 +148,9 @@ def _config(tree: Mapping[str, Any], summary: Row) -> str:
             for key, value in section.items()]  # fmt: skip
     flat += [(name, value) for name, value in tree.items() if not isinstance(value, dict)]
     flat += [(name, summary[name]) for name in ("version", "trainable_params") if name in summary]
-    return page.table(("key", "value"), [(name, "null" if value is None else value) for name, value in flat])
+    flat += [(f"rows {name}", value) for name, value in summary.get("rows", {}).items()]
+    return page.table(("key", "value"), [(name, value if isinstance(value, str) else json.dumps(value))
+                                         for name, value in flat])  # fmt: skip
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -42,8 +42,9 @@ class Journal:
     """
 
     def __init__(self, path: Path, start: int):
-        kept = [row for row in _whole_lines(path) if row["step"] <= start]
-        self.last: Mapping[str, Any] | None = kept[-1] if kept else None
+        there = list(_whole_lines(path))
+        kept = [row for row in there if row["step"] <= start]
+        self.last: Mapping[str, Any] | None = there[-1] if there else None  # also of what will run again: it was paid
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)

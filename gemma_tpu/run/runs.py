@@ -2,7 +2,8 @@
 
 import errno
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ FREE = ("log.", "checkpoint.", "eval.", "faults.", "profile.", "distributed.", "
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
+    opened: float = field(default_factory=time.monotonic, compare=False)  # since when its machine is paid for
 
     @property
     def config(self) -> Path:

@@ -41,12 +41,11 @@ class Logbook:
                 path.stem: metrics.Journal(path, start) for path in (run.held_out, run.samples, run.warnings)
             }
             self._trackers = trackers.open_trackers(
-                run.path, config.log.tensorboard, config.log.trackers, config.log.project, run.path.name,
-                to_dict(config),
+                run.path, config.log.tensorboard, config.log.trackers, config.log.project, to_dict(config), start > 0,
             )  # fmt: skip
         last = self._journals["metrics"].last if first else None
         self._progress = metrics.Progress(loader.total_steps, start, config.log.every, config.log.progress and first)
-        self.meter = Meter(rates, (last or {}).get("usd", 0.0))
+        self.meter = Meter(rates, (last or {}).get("usd", 0.0), run.opened)
 
     @property
     def skipped(self) -> int:
@@ -97,8 +96,8 @@ class Logbook:
             tracker.scalars(number, {"held_out/loss": loss, "held_out/perplexity": perplexity})
 
     def sample(self, number: int, prompt: str, text: str) -> None:
-        first = " ".join(text.split())
-        metrics.say(f"sample at step {number}: {first[:160]}{'…' * (len(first) > 160)}")
+        asked, first = (" ".join(one.split()) for one in (prompt, text))
+        metrics.say(f"sample at step {number} of '{_cut(asked, 60)}': {_cut(first, 160) or '(no text)'}")
         self._write("samples", {"step": number, "prompt": prompt, "text": text})
         for tracker in self._trackers:
             tracker.text(number, f"sample/{prompt[:60]}", text)
@@ -130,3 +129,7 @@ class Logbook:
 
     def _rows_of(self, number: int) -> list[str]:
         return [self._loader.prepared.where(row) for row in self._loader.rows_of(number - 1)]
+
+
+def _cut(text: str, length: int) -> str:
+    return text[:length] + "…" * (len(text) > length)

@@ -30,9 +30,10 @@ class Rates:
 class Meter:
     """The clock of a run. What is asked of it for a step covers the time since the step before."""
 
-    def __init__(self, rates: Rates, spent: float = 0.0):
+    def __init__(self, rates: Rates, spent: float = 0.0, paid_since: float | None = None):
         self._rates, self._spent = rates, spent  # dollars of the run before it was continued
         self._begun = self._last = time.monotonic()
+        self._paid_since = self._begun if paid_since is None else paid_since  # loading and compiling cost as well
         self._devices = [device for device in jax.local_devices() if device.memory_stats()]
         self._elsewhere = 0.0  # seconds since the last step that belong to no step: a held-out loss, a sample
         self.waited = self.stepping = 0.0
@@ -65,7 +66,7 @@ class Meter:
             found["memory_gib"] = round(most / GIB, 3)
         found["host_gib"] = round(resident_bytes() / GIB, 4)
         if rates.usd_per_hour:
-            found["usd"] = round(self._spent + (now - self._begun) / 3600 * rates.usd_per_hour, 4)
+            found["usd"] = round(self._spent + (now - self._paid_since) / 3600 * rates.usd_per_hour, 4)
         return found
 
 

@@ -5,8 +5,11 @@ and texts need are written here: the packages that could do it bring a dependenc
 """
 
 import importlib
+import importlib.util
+import json
 import math
 import os
+import secrets
 import socket
 import struct
 import time
@@ -16,6 +19,7 @@ from typing import Any, Protocol
 
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.run.metrics import Appender, say
+from gemma_tpu.run.runs import write_text
 
 
 class Tracker(Protocol):
@@ -26,11 +30,20 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def require(names: Sequence[str]) -> None:
+    """Said before anything is loaded: the trackers themselves open when the run begins."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    if absent:
+        are = "is" if len(absent) == 1 else "are"
+        raise UserError(f"log.trackers names {' and '.join(absent)}, which {are} not installed: "
+                        f"pip install 'gemma_tpu[{','.join(absent)}]'")  # fmt: skip
+
+
 def open_trackers(
-    folder: Path, tensorboard: bool, names: Sequence[str], project: str, run: str, config: Mapping[str, Any]
+    folder: Path, tensorboard: bool, names: Sequence[str], project: str, config: Mapping[str, Any], continued: bool
 ) -> list[Tracker]:
     found: list[Tracker] = [TensorBoard(folder / "tensorboard")] if tensorboard else []
-    return found + [_OnlineTracker(name, project, run, config) for name in names]
+    return found + [_OnlineTracker(name, project, folder, config, continued) for name in names]
 
 
 class TensorBoard:
@@ -106,15 +119,20 @@ def _masked(data: bytes) -> bytes:
 
 
 class _OnlineTracker:
-    """W&B or Trackio: they share these four calls. A service that fails later costs its own curve, not the run."""
+    """W&B or Trackio: they share these four calls. A service that fails later costs its own curve, not the run.
 
-    def __init__(self, name: str, project: str, run: str, config: Mapping[str, Any]):
+    A continued run goes on in its own curve. Trackio finds that by its name, W&B by an id alone, which the run folder
+    keeps; a new run never goes on in the curve of an older one whose folder had the same name.
+    """
+
+    def __init__(self, name: str, project: str, folder: Path, config: Mapping[str, Any], continued: bool):
+        require([name])
+        more: dict[str, Any] = {"resume": "allow" if continued else "never"}
+        if name == "wandb":
+            more = {"id": _id(folder / "wandb.json", continued), "resume": "allow"}
         try:
             self._module = importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"log.trackers names {name}, which is not installed: pip install {name}") from None
-        try:
-            self._run = self._module.init(project=project, name=run, config=dict(config), resume="allow")
+            self._run = self._module.init(project=project, name=folder.name, config=dict(config), **more)
         except Exception as error:
             raise RunError(f"log.trackers: {name} could not start: {' '.join(str(error).split())[:300]}") from error
 
@@ -136,6 +154,14 @@ class _OnlineTracker:
             except Exception as error:  # each service's client has exceptions of its own
                 self._works = False
                 say(f"warning: {self._name} is left out from here on: {' '.join(str(error).split())[:300]}")
+
+
+def _id(file: Path, continued: bool) -> str:
+    if continued and file.exists():
+        return str(json.loads(file.read_text())["id"])
+    made = secrets.token_hex(6)
+    write_text(file, json.dumps({"id": made}) + "\n")
+    return made
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -216,6 +216,7 @@ class Trainer:
             "best_step": best,
             "tokens": sum(row["tokens"] for row in rows),
             "target_tokens": sum(row["target_tokens"] for row in rows),
+            "rows": self.record({})["rows"],
             "lengths": self.loader.widths.tolist(),
             "padding_share": round(self.loader.padding_share, 4),
             "trainable_params": sum(int(np.prod(x.shape)) for x in self.state["trained"].values()),
@@ -243,7 +244,7 @@ class _Loop:
         remat = program.remat_of(config, trainer.model, trainer.mesh)[0]
         rates = meter.rates_of(config, arch, dict(trainer.mesh.shape), jax.devices()[0].device_kind, remat)
         self._log = Logbook(config, trainer.run, trainer.loader, start, rates)
-        self._profile = Profile(config, trainer.run, start)
+        self._profile = Profile(config, trainer.run, start, self._total)
         self._agreement = distributed.Agreement()
         self._agreement.now([0, 0])  # compiled here, not between two steps
         self._saved_at, self._saving = time.monotonic(), 0.0
