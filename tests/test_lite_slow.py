@@ -154,18 +154,14 @@ def _malformed(rng: random.Random) -> bytes:
 def test_it_survives_200_malformed_requests_and_50_abrupt_disconnects(serve):
     server, rng = serve(), random.Random(0)
     wanted = Endpoint(server.url)._ask("/completions", {"prompt": "a", "max_tokens": 8, "temperature": 0})["choices"]
-    answered = 0
     for _ in range(200):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as line:
             line.sendall(_malformed(rng))
             line.shutdown(socket.SHUT_WR)
             try:
-                said = line.recv(4096)
+                assert not line.recv(4096).startswith((b"HTTP/1.1 2", b"HTTP/1.1 500"))
             except ConnectionError:
-                continue  # refused without a word
-            assert not said.startswith((b"HTTP/1.1 2", b"HTTP/1.1 500"))
-            answered += said.startswith(b"HTTP/1.1 4")
-    print("ANSWERED", answered)
+                pass  # refused without a word
     for number in range(50):
         body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": number % 3 > 0}).encode()
         line = socket.create_connection(("127.0.0.1", server.port), timeout=60)
