@@ -1,5 +1,6 @@
 """report.html of a run folder: what ran, its curves, throughput, memory, cost, samples before and after, warnings."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean

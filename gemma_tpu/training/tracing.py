@@ -47,7 +47,7 @@ class Profile:
 
 def _refuse_another_libtpu() -> None:
     """Where libtpu is not of the version that JAX wants, a trace that begins ends the process, on a CPU too."""
-    if jax.config.jax_platforms == "cpu":  # then it is not loaded
+    if jax.config.values["jax_platforms"] == "cpu":  # then it is not loaded
         return
     try:
         here = version("libtpu")
