@@ -83,7 +83,7 @@ def test_preference_pairs_are_counted_by_side(config, tmp_path, capsys) -> None:
         (["data.max_seq_len=2"], "none of the 62 rows is left to train on"),
         (["model.path=nowhere"], "nowhere"),
         (["--show", "-1"], "--show -1"),
-        (["--html", "/"], "--html /: is a folder"),
+        (["--html", "/"], "argument --html: / is a folder"),
     ],
 )
 def test_a_users_mistake_is_one_message(config, capsys, arguments: list[str], words: str) -> None:

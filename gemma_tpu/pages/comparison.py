@@ -156,7 +156,7 @@ def _usd_per_million(rows: Sequence[Row]) -> float | None:
     tokens = sum(row["tokens"] for row in rows[1:])
     if not tokens or rows[0].get("usd") is None or rows[-1].get("usd") is None:
         return None
-    return float(rows[-1]["usd"] - rows[0]["usd"]) / tokens * 1e6
+    return float(rows[-1]["usd"] - rows[0]["usd"]) / float(tokens) * 1e6
 
 
 def _held(settings: Config) -> str:
