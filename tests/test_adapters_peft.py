@@ -189,10 +189,11 @@ def test_pissa_starts_where_pefts_does_and_changes_nothing_yet(tiny):
         module = theirs.get_submodule("base_model.model." + hf.removesuffix(".weight"))
         a, b = (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
         signs = np.sign((a.numpy() * one.a).sum(1))
-        np.testing.assert_allclose(one.a, a.numpy() * signs[:, None], atol=1e-5)
-        np.testing.assert_allclose(one.b, b.numpy() * signs, atol=1e-5)
+        # Singular vectors in float32 are as exact as their values are apart: 2e-5 off in one run, 5e-6 in another.
+        np.testing.assert_allclose(one.a, a.numpy() * signs[:, None], atol=1e-4)
+        np.testing.assert_allclose(one.b, b.numpy() * signs, atol=1e-4)
         residual = module.get_base_layer().weight.detach().numpy()
-        np.testing.assert_allclose(base.read(hf) - one.scale * one.b0 @ one.a0, residual, atol=1e-5)  # as their factors
+        np.testing.assert_allclose(base.read(hf) - one.scale * one.b0 @ one.a0, residual, atol=1e-4)
     batch = padded_rows(model.arch.vocab)
     same = logits(model, batch["tokens"], batch["segment_ids"])
     assert largest_difference(same, logits(load(folder), batch["tokens"], batch["segment_ids"])) <= 1e-5

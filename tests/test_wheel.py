@@ -155,7 +155,7 @@ def test_a_run_is_trained_merged_and_verified(place: Place, run_dir: str) -> Non
     losses = [json.loads(line)["loss"] for line in (place.folder / run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
     assert place.json("merge", run_dir, "--out", "models/merged")["tensors_changed"] > 0
-    found = place.json("verify", run_dir)
+    found = place.json("verify", run_dir, "--merged", "models/merged")
     assert found["ok"] and found["clients"]["transformers"] == "not compared: torch is not installed"
 
 
