@@ -281,7 +281,7 @@ def test_files_that_are_something_else_are_refused(capsys, tmp_path):
                        ('{"sweep": []}', "a sweep has many slices"),
                        ('{"slice": "v6e-8", "hours": 1, "fits": false}', "does not fit v6e-8"),
                        ('{"slice": "v6e-8", "hours": null, "fits": true}', "did not know how long"),
-                       ('{"slice": "v6e-8", "hours": "1 h", "fits": true}', "hours is '1 h' and tokens is None"),
+                       ('{"slice": "v6e-8", "hours": "1 h", "fits": true}', "hours is '1 h': it must be a number"),
                        ('{"slice": "v6e-8", "hours": 1, "tokens": [], "fits": true}', "tokens is []"),
                        ('{"slice": [8], "hours": 1, "fits": true}', "[8]")):  # fmt: skip
         other.write_text(text)

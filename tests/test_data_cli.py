@@ -83,9 +83,14 @@ def test_preference_pairs_are_counted_by_side(config, tmp_path, capsys) -> None:
         (["data.max_seq_len=2"], "none of the 62 rows is left to train on"),
         (["model.path=nowhere"], "nowhere"),
         (["--show", "-1"], "--show -1"),
-        (["--html", "/"], "argument --html: / is a folder"),
     ],
 )
 def test_a_users_mistake_is_one_message(config, capsys, arguments: list[str], words: str) -> None:
     code, _, err = run(capsys, config, *arguments)
     assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_a_folder_in_place_of_a_page_is_refused_at_once(config, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, config, "--html", "/")
+    assert "argument --html: / is a folder; name a file" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from runs_helper import DIMS
 
 import gemma_tpu
 from gemma_tpu import cli
-from gemma_tpu.commands import lite_cli
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.sampling import sampler
 from gemma_tpu.sampling.asking import Asked, conversation, every
@@ -202,7 +201,7 @@ def test_a_bug_costs_one_request_and_shows_no_traceback(server, monkeypatch, cap
     def broken(*_):
         raise ZeroDivisionError("deep\ninside")
 
-    monkeypatch.setattr(lite_cli.__name__.replace("cli", "requests") + ".parse", broken)
+    monkeypatch.setattr("gemma_tpu.lite.requests.parse", broken)
     status, found = server.ask("/v1/completions", {"prompt": "a"})
     assert status == 500 and found["error"]["type"] == "server_error"
     monkeypatch.undo()

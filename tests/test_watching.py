@@ -387,7 +387,7 @@ def test_a_profile_by_another_libtpu_is_refused_before_it_ends_the_process(tmp_p
 
     monkeypatch.setattr(tracing, "version", lambda name: {"libtpu": "0.0.1", "jax": "0.10"}[name])
     asked()  # on a CPU that is asked for libtpu is not loaded
-    monkeypatch.setattr(tracing.jax, "config", SimpleNamespace(jax_platforms=None))
+    monkeypatch.setattr(tracing.jax, "config", SimpleNamespace(values={"jax_platforms": None}))
     with pytest.raises(UserError, match=r"libtpu 0.0.1 ends the process under JAX 0.10, which wants libtpu==0"):
         asked()
     wanted = next(one for one in requires("jax") if one.startswith("libtpu")).split("==")[1].split(".*")[0]

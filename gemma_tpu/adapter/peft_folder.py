@@ -164,7 +164,7 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
         if place is None and _is_copy_of_k(name, tensors):
             continue  # the form for vLLM; V is K, which has its own pair
         if found is None or place is None:
-            problems.append(f"{plain.cut(name)}: no weight of the base's text tower takes it")
+            problems.append(f"{plain.cut(name, 200)}: no weight of the base's text tower takes it")
         else:
             pairs.setdefault(place, {})[found[2] or found[3]] = value.astype(np.float32)
     parts: dict[str, LowRank] = {}

@@ -176,9 +176,7 @@ class Trainer:
     def _complete(self, start: int) -> dict[str, Any]:
         early = "" if start >= self.loader.total_steps else f", stopped early of {self.loader.total_steps}"
         say(f"{self.run.path} is complete ({start} updates{early}); to train on, give another run_dir")
-        if self.run.summary.exists():
-            return read_summary(self.run)
-        return self.finish(start, {})
+        return read_summary(self.run) or self.finish(start, {})
 
     # --- what is measured now and then ------------------------------------------------------------------------
 
