@@ -45,7 +45,7 @@ class Metrics:
         self.rejected = counter("requests_rejected", "Requests that were refused, by status", "code")
         self.cancelled = counter("requests_cancelled", "Prompts whose client went away")
         # A series that begins with its first event hides that event from rate(): the usual ones begin at 0.
-        for code in (400, 404, 405, 408, 413, 500, 503):
+        for code in (400, 404, 405, 408, 413, 429, 500, 503):
             self.rejected.labels(code)
         for reason in ("stop", "length"):
             self.success.labels(reason)
