@@ -4,6 +4,7 @@ tests/test_architectures_slow.py holds the same of every architecture where this
 """
 
 import itertools
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from arch_helper import CASES, EXPERTS, TEXT_ONLY, rewritten
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from gemma_tpu.adapter import lora, updates
+from gemma_tpu.adapter import lora, peft_folder, updates
 from gemma_tpu.errors import UserError
 from gemma_tpu.gemma import hf_config, loading, mesh, sizes, weights
 from gemma_tpu.gemma.variants import Layer, Rope, find_blocks
@@ -253,6 +255,22 @@ def test_adapters_on_experts_have_the_names_and_shapes_of_pefts(tiny_arch, targe
     ours = weights.to_peft(weights.split_lora(model.arch, lora.initial(model, seed=0)))
     found = {name: tensor.shape for name, tensor in ours.items() if ".experts." in name}
     assert found == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+def test_an_adapter_whose_rows_are_no_multiple_of_the_experts_is_refused(tiny_arch, tmp_path):
+    folder = tiny_arch("gemma4-26b-a4b")
+    base = open_checkpoint(folder)
+    name = next(one for one in base.names() if one.endswith("experts.down_proj"))
+    experts, out, inside = base.info(name).shape
+    stem = f"base_model.model.{name.removesuffix('.down_proj')}"
+    save_file({f"{stem}.lora_A.weight": np.ones((experts + 1, experts * inside), np.float32),
+               f"{stem}.lora_B.weight": np.ones((out, experts + 1), np.float32)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_parameters": ["experts.down_proj"]
+    }))  # fmt: skip
+    with pytest.raises(UserError, match=r"down_proj: A \[\d+, \d+\], B .* do not give"):
+        peft_folder.read(tmp_path, base, loading.architecture(base))
 
 
 @pytest.mark.parametrize("name", ALL)

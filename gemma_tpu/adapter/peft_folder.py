@@ -174,7 +174,7 @@ def read(folder: str | Path, base: Checkpoint, arch: Architecture) -> Adapter:
             continue
         shape, rank = base.info(place).shape, _setting(config, "rank_pattern", "r", place)
         a, b = pair["A"], pair["B"]
-        if place.endswith(EXPERTS) and a.size % shape[0] == 0 and b.size % shape[0] == 0:
+        if place.endswith(EXPERTS) and a.size and b.size and a.shape[0] % shape[0] == b.shape[1] % shape[0] == 0:
             a, b = a.reshape(shape[0], -1, a.shape[-1]), np.moveaxis(b.reshape(b.shape[0], -1, shape[0]), -1, 0)
         if a.shape[-2] != rank or (*b.shape[:-1], a.shape[-1]) != shape:
             problems.append(f"{place}: A {list(a.shape)}, B {list(b.shape)} of rank {rank} do not give {list(shape)}")
