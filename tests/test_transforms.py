@@ -1,5 +1,6 @@
 """Transforms: shipped by name, the user's own by its place, and what they do is counted or named."""
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -100,3 +101,10 @@ def test_what_is_made_of_a_function_has_the_identity_of_the_file_that_names_it(m
 def test_a_row_that_a_rule_leaves_out_is_no_fault() -> None:
     with pytest.raises(RowDropped):
         transforms.codev_answer("<think>only thoughts</think>")
+
+
+def test_a_text_that_repeats_an_opening_tag_takes_no_longer_than_it_is_long():
+    text = "<answer>good</answer>" + "<answer>" * 60_000
+    start = time.process_time()
+    assert transforms.codev_answer(text) == "good"
+    assert time.process_time() - start < 1.0  # each tag followed to the end: 10 s and more

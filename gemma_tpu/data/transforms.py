@@ -39,7 +39,9 @@ def codev_answer(text: str) -> str:
     # Where the generation prompt took the opening tag along, all before a stray </think> is reasoning too.
     said = THINK.sub("", text).rpartition("</think>")[2]
     fences = [m.group() for m in FENCE.finditer(said) if m.group(1).lower() in VERILOG]
-    found = ANSWER.findall(said) or fences
+    whole = said[: said.rfind("</answer>") + len("</answer>")] if "</answer>" in said else ""
+    # Behind the last end every <answer> would be followed to the end of the text: minutes where one repeats the word.
+    found = ANSWER.findall(whole) or fences
     if not found:
         raise Drop("no_answer", "no complete <answer> block and no Verilog fence after the reasoning")
     return found[-1].strip()
