@@ -40,6 +40,7 @@ def kill_in_a_save(args: list[str], checkpoints: Path, rng: random.Random) -> bo
         process.stderr.close()
 
 
+@pytest.mark.slow
 def test_two_kills_in_the_middle_of_a_save_cost_nothing(base32, one_device_run, tmp_path):
     folder, rng = tmp_path / "run", random.Random(4)  # in the first save, then in a second one
     args = one_device(write_config(tmp_path / "run.yaml", base32, folder), "checkpoint.every=1")

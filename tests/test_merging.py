@@ -50,8 +50,10 @@ def projection(tensor: str) -> tuple[int, str] | None:
 
 
 @pytest.fixture(scope="module", params=[
-    ("float32", "float32", 2, 2), ("float32", "float32", 4, 1), ("float32", "float32", 1, 4),
-    ("bfloat16", "float32", 4, 1), ("bfloat16", "bfloat16", 2, 2), ("bfloat16", "float32", 1, 4),
+    ("float32", "float32", 2, 2), ("float32", "float32", 4, 1),
+    ("bfloat16", "bfloat16", 2, 2), ("bfloat16", "float32", 1, 4),
+    pytest.param(("float32", "float32", 1, 4), marks=pytest.mark.slow),
+    pytest.param(("bfloat16", "float32", 4, 1), marks=pytest.mark.slow),
 ], ids=lambda p: f"{p[0]}-in-{p[1]}-fsdp{p[2]}-tp{p[3]}")  # fmt: skip
 def trained(request, whole_run, base32, base16, tmp_path_factory):
     """(base folder, run folder, merged folder, what merge returned)."""
@@ -255,6 +257,7 @@ def test_a_base_that_has_moved_is_found_by_its_fingerprint(copy, base32, tmp_pat
     assert files(copy / "merged") == files(whole_merged)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_base_of_the_hub_trains_and_merges_to_the_bytes_of_one_on_a_folder(
     base32, compile_cache, whole_run, whole_merged, tmp_path, monkeypatch
 ):
