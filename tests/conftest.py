@@ -1,12 +1,18 @@
 """Four fake CPU devices for every test: the meshes 1x1, 2x2 and 1x4 run here as they would on a slice."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Programs compile once, for all workers, for the processes that tests start, and for the next call.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import fcntl  # noqa: E402
 import functools  # noqa: E402  (jax reads the variables above when it is first imported)
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -24,76 +30,78 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
-    """Runs of one config and mesh compile once a session, in this process and in those that tests start."""
-    import jax
+def once(tmp_path_factory):
+    """once(name, make) -> the folder that make(folder) fills, in whichever worker asks for it first."""
+    workers = tmp_path_factory.getbasetemp()
+    workers = workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers
 
-    folder = tmp_path_factory.mktemp("xla")
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # for subprocesses
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-        os.environ.pop(name.upper())
+    def get(name, make):
+        folder = workers / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (made := folder.with_suffix(".made")).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def base32(tmp_path_factory):
+def base32(once):
     """A float32 base with a tokenizer. Read-only, like everything below."""
     from runs_helper import write_base
 
-    return write_base(tmp_path_factory.mktemp("base") / "float32")
+    return once("base32", lambda folder: write_base(folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def base16(tmp_path_factory):
+def base16(once):
     """The same in bfloat16, other weights."""
     from runs_helper import write_base
 
-    return write_base(tmp_path_factory.mktemp("base") / "bfloat16", "bfloat16", seed=1)
+    return once("base16", lambda folder: write_base(folder / "model", "bfloat16", seed=1)) / "model"
 
 
 @pytest.fixture(scope="session")
-def whole_run(base32, compile_cache, tmp_path_factory):
+def whole_run(base32, once):
     """A complete run on a 2x2 mesh, without a stop; dropout, two micro-batches, packed rows."""
     from runs_helper import run_config, train
 
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(run_config(base32, run_dir))
-    return run_dir
+    return once("whole", lambda folder: train(run_config(base32, folder / "run"))) / "run"
 
 
 @pytest.fixture(scope="session")
-def held_out_run(base32, whole_run, tmp_path_factory):
+def held_out_run(base32, once):
     """The same run with held-out rows, whose loss is measured before and after."""
     from runs_helper import first_rows, run_config, train
 
-    folder = tmp_path_factory.mktemp("held_out")
-    rows = first_rows("bundled:tiny_verilog/validation.jsonl", 24, folder / "rows.jsonl")
-    train(run_config(base32, folder / "run", f"data.validation={rows}"))
-    return folder / "run"
+    def make(folder):
+        rows = first_rows("bundled:tiny_verilog/validation.jsonl", 24, folder / "rows.jsonl")
+        train(run_config(base32, folder / "run", f"data.validation={rows}"))
+
+    return once("held_out", make) / "run"
 
 
 @pytest.fixture(scope="session")
-def whole_merged(whole_run, tmp_path_factory):
+def whole_merged(whole_run, once):
     """The model folder that `whole_run` merges to."""
     import gemma_tpu
 
-    out = tmp_path_factory.mktemp("whole") / "merged"
-    gemma_tpu.merge(whole_run, out=out)
-    return out
+    return once("merged", lambda folder: gemma_tpu.merge(whole_run, out=folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def one_device_run(base32, compile_cache, tmp_path_factory):
+def one_device_run(base32, once):
     """The same run on one device, by the command line in a process of its own."""
     from runs_helper import PLANTED, one_device, run, write_config
 
-    folder = tmp_path_factory.mktemp("one_device")
-    finished = run(one_device(write_config(folder / "run.yaml", base32, folder / "run")), **PLANTED)
-    assert finished.returncode == 0, finished.stderr
-    assert "planted-" not in finished.stdout + finished.stderr  # runs_helper.PLANTED
-    return folder / "run"
+    def make(folder):
+        finished = run(one_device(write_config(folder / "run.yaml", base32, folder / "run")), **PLANTED)
+        assert finished.returncode == 0, finished.stderr
+        assert "planted-" not in finished.stdout + finished.stderr  # runs_helper.PLANTED
+
+    return once("one_device", make) / "run"

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(base16, compile_cache, tmp_path_factory):
+def run(base16, tmp_path_factory):
     """Everything that an adapter can have, on a base in nf4, with the optimizer whose state looks least like Adam's."""
     run_dir = tmp_path_factory.mktemp("adapters") / "run"
     train(run_config(base16, run_dir, "model.quantise=nf4", "train.steps=3", "optim.name=muon",
@@ -59,7 +59,7 @@ def test_it_merges_onto_either_base_and_the_proof_holds(run, base16, tmp_path, o
         assert proof["clients"]["peft"]["max_logit_difference"] <= proof["clients"]["peft"]["bound"]
 
 
-def test_its_adapter_goes_out_as_peft_folder_and_trains_on(run, base16, compile_cache, tmp_path):
+def test_its_adapter_goes_out_as_peft_folder_and_trains_on(run, base16, tmp_path):
     with pytest.raises(UserError, match="has no portable form"):
         merging.export_adapter(run, out=tmp_path / "portable")
     merging.export_adapter(run, out=tmp_path / "native", native=True)
@@ -86,7 +86,7 @@ def test_a_run_on_the_base_as_it_is_has_nothing_to_dequantise(whole_run, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
-def test_a_run_that_stops_and_goes_on_ends_where_the_unbroken_one_does(base32, compile_cache, tmp_path, name):
+def test_a_run_that_stops_and_goes_on_ends_where_the_unbroken_one_does(base32, tmp_path, name):
     more = (f"optim.name={name}", "train.steps=4", "checkpoint.every=2", *ADAPTER)
     train(run_config(base32, tmp_path / "whole", *more))
     train(run_config(base32, tmp_path / "again", *more))
@@ -99,7 +99,7 @@ def test_a_run_that_stops_and_goes_on_ends_where_the_unbroken_one_does(base32, c
 
 
 @pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
-def test_full_fine_tuning_of_a_small_model_by_every_optimizer(base32, compile_cache, tmp_path, name):
+def test_full_fine_tuning_of_a_small_model_by_every_optimizer(base32, tmp_path, name):
     summary = train(run_config(base32, tmp_path / "run", f"optim.name={name}", "train.method=full", "train.steps=3"))
     assert np.isfinite(summary["loss"])
     text = {name: array.size for name, array in tensors(base32).items() if ".language_model." in name}

@@ -77,7 +77,7 @@ def test_an_expert_axis_changes_nothing(tiny_arch, shape):
     check_mesh(tiny_arch("gemma4-26b-a4b"), shape, experts=True)
 
 
-def test_a_run_with_an_expert_axis_trains_the_experts_and_has_the_losses_of_one_without(tmp_path, compile_cache):
+def test_a_run_with_an_expert_axis_trains_the_experts_and_has_the_losses_of_one_without(tmp_path):
     base = write_tiny(tmp_path / "base", "gemma4-26b-a4b", dtype="float32")
     found = {}
     for name, axes in {"rows": {"fsdp": 4}, "experts": {"expert": 4}, "both": {"fsdp": 2, "expert": 2}}.items():

@@ -176,7 +176,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_losses_and_gradient_norms_agree_with_ours(recipe, tmp_path, base32, compile_cache, case):
+def test_twenty_losses_and_gradient_norms_agree_with_ours(recipe, tmp_path, base32, case):
     runs = side_by_side(recipe, tmp_path, base32, **CASES[case])
     found = comparison.apart(*runs)
     print(case, json.dumps(found))
@@ -190,7 +190,7 @@ def test_twenty_losses_and_gradient_norms_agree_with_ours(recipe, tmp_path, base
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["data parallel", "FSDP2", "FSDP2 in bfloat16"])
-def test_two_processes_find_the_same_losses(recipe, tmp_path, base32, compile_cache, how):
+def test_two_processes_find_the_same_losses(recipe, tmp_path, base32, how):
     """By gloo. Of accelerate's FSDP2 a CPU is refused: the script below lets it pass, and all else is as on GPUs."""
     script = Path(__file__).parent / "fsdp2_on_cpu.py" if "FSDP2" in how else HERE / "train.py"
     dtype, bounds = ("bfloat16", (0.03, 0.1)) if "bfloat16" in how else ("float32", (1e-3, 0.01))

@@ -4,6 +4,7 @@ import pytest
 from hlo_helper import module
 
 from gemma_tpu.compiled.buffers import Buffer, memory
+from gemma_tpu.errors import RunError
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 700, page 0, thread-local:
@@ -31,9 +32,10 @@ Used values:
 """
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "module_0000.step.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
+@pytest.fixture(params=["libtpu 0.0.51", "libtpu 0.0.42"])
+def folder(tmp_path, request):
+    text = ASSIGNMENT if request.param.endswith("51") else ASSIGNMENT.replace(", page 0", "")
+    (tmp_path / "module_0000.step.after_optimizations-buffer-assignment.txt").write_text(text)
     (tmp_path / "module_0002.extracted.after_optimizations-buffer-assignment.txt").write_text("BufferAssignment:\n")
     return tmp_path
 
@@ -69,4 +71,11 @@ def test_buffers_are_named_by_what_writes_them(folder):
 
 def test_a_folder_without_a_buffer_assignment_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="xla_dump_to"):
+        memory(tmp_path)
+
+
+def test_a_text_that_cannot_be_read_is_said_and_is_not_a_step_without_memory(tmp_path):
+    text = ASSIGNMENT.replace("allocation ", "piece ")
+    (tmp_path / "module_0000.step.after_optimizations-buffer-assignment.txt").write_text(text)
+    with pytest.raises(RunError, match="libtpu"):
         memory(tmp_path)

@@ -18,7 +18,7 @@ FEW = Settings(max_new_tokens=24, temperature=1.5, seed=1)
 
 
 @pytest.fixture(scope="module")
-def writer(base32, compile_cache):
+def writer(base32):
     return Writer(sampler.Sampler(gemma_tpu.load(base32), rows=2), Tokenizer(base32))
 
 
@@ -71,7 +71,7 @@ def test_an_empty_stop_string_is_refused(writer):
         writer.write([Asked("a")], FEW, stop=[""])
 
 
-def test_a_run_folder_completes_with_its_adapter(whole_run, base32, compile_cache):
+def test_a_run_folder_completes_with_its_adapter(whole_run, base32):
     settings = Settings(max_new_tokens=8)
     tuned, base = (complete(target, ["a counter"], settings)[0] for target in (whole_run, base32))
     assert tuned["tokens"] != base["tokens"] and tuned["prompt"] == "a counter"
@@ -115,7 +115,7 @@ def test_a_chat_goes_on_after_an_answer_that_was_refused_or_stopped(monkeypatch,
     assert "error: too long" in err and "cut at 4 tokens" in err
 
 
-def test_sample_without_a_prompt_is_a_chat_by_the_checkpoints_template(base32, compile_cache, monkeypatch, capsys):
+def test_sample_without_a_prompt_is_a_chat_by_the_checkpoints_template(base32, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
     seen = []
     before = Tokenizer.prompt
@@ -136,7 +136,7 @@ def test_sample_refuses_what_it_could_only_ignore(base32, capsys, argv, words):
     assert words in capsys.readouterr().err
 
 
-def test_sample_on_a_mesh_gives_what_one_device_gives(base32, compile_cache, capsys):
+def test_sample_on_a_mesh_gives_what_one_device_gives(base32, capsys):
     found = []
     for more in ([], ["--mesh", "fsdp=2,tp=2", "--rows", "2"]):
         assert cli.main(["sample", str(base32), "--prompt", "a", "--max-new-tokens", "6", "--json", *more]) == 0

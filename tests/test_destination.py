@@ -44,7 +44,8 @@ def test_an_interrupted_merge_into_a_bucket_is_no_model_and_goes_on(tmp_path, bu
     assert ONE in held(bucket) and not {"config.json", INDEX_FILE, TWO} & held(bucket).keys()
     with pytest.raises(UserError, match="holds neither"):
         open_checkpoint("memory://patch/out")
-    assert write_patched(base, "memory://patch/out", updates()).resumed == [ONE]
+    report = write_patched(base, "memory://patch/out", updates())
+    assert report.resumed == [ONE] and report.changes and not report.changes.keys() & load_file(tmp_path / "out" / ONE)
     assert held(bucket) == tree(tmp_path / "out")
 
 

@@ -131,7 +131,7 @@ def test_two_hosts_have_the_losses_of_one_and_one_of_them_writes(base32, whole_r
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_twenty_updates_on_several_hosts_are_those_of_one(count, base32, compile_cache, tmp_path):
+def test_twenty_updates_on_several_hosts_are_those_of_one(count, base32, tmp_path):
     found = []
     for name, hosts in (("one", 1), ("many", count)):
         file = write_config(tmp_path / f"{name}.yaml", base32, tmp_path / name)

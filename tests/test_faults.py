@@ -62,7 +62,7 @@ def poisoned(monkeypatch):
     return poison
 
 
-def test_a_run_goes_on_over_an_update_that_is_no_number(base32, compile_cache, whole_run, tmp_path, poisoned, capsys):
+def test_a_run_goes_on_over_an_update_that_is_no_number(base32, whole_run, tmp_path, poisoned, capsys):
     poisoned({4})
     summary = train(run_config(base32, tmp_path / "run"))
     found = rows(tmp_path / "run")
@@ -80,7 +80,7 @@ def test_a_run_goes_on_over_an_update_that_is_no_number(base32, compile_cache, w
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_diagnosis_and_the_last_checkpoint(
-    base32, compile_cache, tmp_path, poisoned
+    base32, tmp_path, poisoned
 ):
     poisoned({4, 5, 6, 7, 8})
     message = "3 updates in a row gave a loss or gradient that is no number, up to step 6"

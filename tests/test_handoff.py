@@ -268,7 +268,7 @@ def test_a_full_run_has_no_adapter(whole_run, tmp_path, monkeypatch):
 # --- PEFT, in ----------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_from_an_exported_adapter(exported, base32, whole_run, compile_cache, tmp_path):
+def test_training_goes_on_from_an_exported_adapter(exported, base32, whole_run, tmp_path):
     """At a rate of zero nothing moves: what is saved is what was taken up."""
     start = f"lora.init_from={exported}"
     train(run_config(base32, tmp_path / "run", start, "train.steps=1", "optim.lr=1e-30", "lora.rank=6", "lora.alpha=3"))

@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(base, compile_cache):
+def server(base):
     found = Server(base)
     yield found
     found.stop()
@@ -38,7 +38,7 @@ def server(base, compile_cache):
 
 
 @pytest.fixture(scope="module")
-def writer(base, compile_cache):
+def writer(base):
     """What `gemma-tpu sample` prints comes from it."""
     return Writer(sampler.Sampler(gemma_tpu.load(base), rows=4), Tokenizer(base))
 
@@ -237,7 +237,7 @@ def test_a_full_queue_refuses_more_and_goes_on_with_the_rest(server):
         line.close()
 
 
-def test_prompts_that_come_together_share_a_sheet(base, compile_cache):
+def test_prompts_that_come_together_share_a_sheet(base):
     found = Server(base, max_wait=0.5)
     try:
         with ThreadPoolExecutor(3) as pool:
@@ -261,7 +261,7 @@ def test_the_metrics_split_the_time_of_a_request(server):
     assert server.metric("compiled_programs") == server.engine.device.compiled()
 
 
-def test_it_is_not_ready_before_it_has_compiled_nor_after_its_device_has_failed(base, compile_cache, capsys):
+def test_it_is_not_ready_before_it_has_compiled_nor_after_its_device_has_failed(base, capsys):
     found = Server(base, compiled=False)
     hold = threading.Event()
     compile_, decode = found.engine.device.compile, found.engine.device.decode

@@ -69,7 +69,7 @@ class Process:
 
 
 @pytest.fixture
-def serve(base32, compile_cache):
+def serve(base32):
     started = []
 
     def start(target=base32, *options: str, **more):

@@ -96,7 +96,7 @@ def test_a_mirror_that_would_not_keep_the_run_is_refused(words, told, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_a_machine_that_has_nothing(base32, compile_cache, bucket, tmp_path, monkeypatch):
+def test_a_run_goes_on_on_a_machine_that_has_nothing(base32, bucket, tmp_path, monkeypatch):
     """The first machine trains 4 of 8 steps and vanishes; the second has the bucket alone."""
     checkpoints = tmp_path / "far/checkpoints"
 

@@ -158,7 +158,7 @@ def test_each_is_optaxs_own_with_its_own_betas(name):
         assert not np.allclose(value, params[path])
 
 
-def test_norms_scalars_and_magnitudes_do_not_decay(tiny):
+def test_norms_scalars_and_magnitudes_do_not_decay_and_loraplus_moves_b_faster(tiny):
     from helpers import SMALL
 
     from gemma_tpu.adapter import lora
@@ -167,12 +167,32 @@ def test_norms_scalars_and_magnitudes_do_not_decay(tiny):
 
     model, _ = loading.build(tiny(**SMALL), dtype="float32")
     lora.inject(model, rank=4, alpha=4, dora=True)
-    decays = {path.rpartition(".")[2]: role.decays for path, role in optim.roles(model).items()}
-    assert decays == {"lora_a": True, "lora_b": True, "lora_magnitude": False}
+    roles = {path.rpartition(".")[2]: role for path, role in optim.roles(model).items()}
+    assert {name for name, role in roles.items() if role.decays} == {"lora_a", "lora_b"}
+    assert {name for name, role in roles.items() if role.faster} == {"lora_b", "lora_magnitude"}  # LoRA+'s
     model.trains = Base
     still = {path for path, role in optim.roles(model).items() if not role.decays}
     assert all("norm" in path or "scalar" in path for path in still) and len(still) > 10
     assert "embed.w" not in still and optim.roles(model)["embed.w"].matrix is None  # Muon leaves it to Adam
+
+
+def test_muon_is_told_which_dims_a_matrix_maps_from_and_to(tiny):
+    from helpers import SMALL
+
+    from gemma_tpu.adapter import lora
+    from gemma_tpu.gemma import loading
+    from gemma_tpu.gemma.projection import LoRA
+    from gemma_tpu.gemma.weights import lora_entries
+
+    model, _ = loading.build(tiny(**SMALL), dtype="float32")
+    lora.inject(model, rank=3, alpha=3)
+    roles, found = optim.roles(model), loading.variables(model, LoRA)
+    for entry in lora_entries(model.arch).values():
+        *_, out, inside = entry.hf_shape
+        stem = entry.path.removesuffix(".w")
+        for name, wanted in (("lora_a", [inside, 3]), ("lora_b", [3, out])):
+            shape = np.array(found[f"{stem}.{name}"].shape)
+            assert [np.prod(shape[list(dims)]) for dims in roles[f"{stem}.{name}"].matrix] == wanted, stem
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])

@@ -169,7 +169,7 @@ def test_lines_that_are_no_pairs_are_named_and_what_is_dropped_is_counted(base32
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, beta", [("dpo", 0.1), ("simpo", 2.0)])  # SimPO's scores are of a token, not of all
-def test_a_run_on_pairs_learns_them_and_its_checkpoint_merges(base32, compile_cache, tmp_path, name, beta):
+def test_a_run_on_pairs_learns_them_and_its_checkpoint_merges(base32, tmp_path, name, beta):
     import gemma_tpu
 
     file = written(tmp_path / "pairs.jsonl", [pair(number) for number in range(64)])

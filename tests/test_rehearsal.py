@@ -20,7 +20,7 @@ PARTS = ["load, compile, 10 updates, save", "restore", "merge of one shard", "sa
 
 
 @pytest.fixture(scope="module")
-def rehearsed(base32, compile_cache, tmp_path_factory):
+def rehearsed(base32, tmp_path_factory):
     """A rehearsal by the command line, as on four chips that the planner knows."""
     folder = tmp_path_factory.mktemp("rehearsed")
     file = write_config(folder / "run.yaml", base32, folder / "run")
@@ -156,7 +156,7 @@ def test_checkpoints_of_another_run_are_never_cleared(again, rehearsed, whole_ru
 
 
 @pytest.mark.slow
-def test_two_hosts_rehearse_together(base32, compile_cache, tmp_path):
+def test_two_hosts_rehearse_together(base32, tmp_path):
     file = write_config(tmp_path / "run.yaml", base32, tmp_path / "run")
     for _ in range(2):  # the second one clears what the first has left
         with Hosts(file, 2, 2, [f"checkpoint.folder={tmp_path / 'bucket'}", "--rehearse"]) as hosts:

@@ -23,7 +23,7 @@ SHORT = PROMPTS[:5]
 
 
 @pytest.fixture(scope="module")
-def model(base32, compile_cache):
+def model(base32):
     return gemma_tpu.load(base32)
 
 
@@ -221,7 +221,7 @@ def test_tokens_are_told_as_they_come_and_can_be_stopped(model, greedy):
     {"fsdp": 2, "tp": 2}, pytest.param({"tp": 4}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
-def test_a_mesh_of_four_completes_like_one_device(base32, compile_cache, greedy, drawn, sizes):
+def test_a_mesh_of_four_completes_like_one_device(base32, greedy, drawn, sizes):
     model = gemma_tpu.load(base32, mesh=meshes.build(sizes))
     asked = Sampler(model, rows=6)
     made = asked.run(PROMPTS, NEVER, Settings(max_new_tokens=NEW))

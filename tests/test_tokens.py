@@ -57,6 +57,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list:
     return seen
 
 
+def test_pairs_are_trained_on_by_a_side_or_not_at_all(section, tokenizer, tmp_path) -> None:
+    pair = {"prompt": "a counter", "chosen": "module counter;", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 3)
+    section = replace(section, path=str(tmp_path / "pairs.jsonl"))
+    assert len(prepare(section, tokenizer, side="chosen")) == len(prepare(section, tokenizer, side="rejected")) == 3
+    with pytest.raises(UserError, match="pairs.jsonl:1 is a preference pair .* which has no single answer"):
+        prepare(section, tokenizer)
+
+
 def test_several_processes_give_what_one_gives_in_the_same_order(section, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "ALONE", 0)
     monkeypatch.setattr(workers.Pool, "ready", lambda self: bool(self._running()))

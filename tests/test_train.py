@@ -62,7 +62,7 @@ def test_the_learning_rate_warms_up_and_falls_as_the_config_says(whole_run):
 
 
 def test_the_train_step_compiles_once_and_refuses_another_batch_shape(
-    base32, compile_cache, tmp_path, monkeypatch, caplog
+    base32, tmp_path, monkeypatch, caplog
 ):
     kept = {}
     compile_step = Trainer.compile
@@ -86,9 +86,7 @@ def test_the_train_step_compiles_once_and_refuses_another_batch_shape(
         kept["compiled"](trainer.state, trainer.parts.frozen, trainer.program.place(shorter))
 
 
-def test_a_bucketed_run_compiles_once_for_each_length_before_it_starts(
-    base32, compile_cache, tmp_path, caplog, capsys
-):
+def test_a_bucketed_run_compiles_once_for_each_length_before_it_starts(base32, tmp_path, caplog, capsys):
     for name in ("jax", "jax._src.dispatch"):
         caplog.set_level(logging.WARNING, logger=name)
     with jax.log_compiles():
@@ -148,7 +146,7 @@ def test_sigterm_saves_says_how_to_resume_and_costs_nothing(base32, whole_run, t
     assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_a_second_interrupt_ends_at_once(base32, compile_cache, tmp_path, monkeypatch):
+def test_a_second_interrupt_ends_at_once(base32, tmp_path, monkeypatch):
     def interrupt_twice(self, row):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -160,7 +158,7 @@ def test_a_second_interrupt_ends_at_once(base32, compile_cache, tmp_path, monkey
 
 
 @pytest.fixture(scope="module")
-def interrupted(base32, compile_cache, tmp_path_factory):
+def interrupted(base32, tmp_path_factory):
     """A run on one device in its own process that got SIGINT in the middle: (folder, exit code, stderr)."""
     folder = tmp_path_factory.mktemp("interrupted")
     (folder / "slow.py").write_text(SLOW_RECIPE)
@@ -198,12 +196,13 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(interrupted, whole_r
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole_run), rtol=1e-5)
 
 
-def test_a_complete_run_says_so_and_changes_nothing(whole_run, base32, capsys):
-    before = files(whole_run)
-    summary = train(run_config(base32, whole_run))
+def test_a_complete_run_says_so_and_changes_nothing(whole_run, base32, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    before = files(tmp_path / "run")
+    summary = train(run_config(base32, tmp_path / "run"))
     assert "is complete (8 updates)" in capsys.readouterr().err
     assert summary["steps"] == STEPS
-    assert files(whole_run) == before
+    assert files(tmp_path / "run") == before
 
 
 def test_a_run_that_was_killed_before_its_summary_gets_one(whole_run, base32, tmp_path):

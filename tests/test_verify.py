@@ -54,7 +54,7 @@ def test_without_torch_it_says_that_transformers_was_not_compared(whole_run, who
     assert found["ok"] and found["clients"]["transformers"] == "not compared: torch is not installed"
 
 
-def test_a_bfloat16_merge_is_held_against_what_its_rounding_may_move(base16, compile_cache, tmp_path, capsys):
+def test_a_bfloat16_merge_is_held_against_what_its_rounding_may_move(base16, tmp_path, capsys):
     train(run_config(base16, tmp_path / "run"))
     gemma_tpu.merge(tmp_path / "run")
     found = verify(tmp_path / "run")

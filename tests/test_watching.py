@@ -324,7 +324,7 @@ def test_the_probe_leaves_nothing_and_says_what_is_wrong(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def watched(base32, compile_cache, tmp_path_factory):
+def watched(base32, tmp_path_factory):
     """Held-out rows every 2 steps at a rate so high that they get worse; a sample each time."""
     folder = tmp_path_factory.mktemp("watched")
     held = first_rows("bundled:tiny_verilog/validation.jsonl", 8, folder / "rows.jsonl")
@@ -396,7 +396,7 @@ def test_a_profile_by_another_libtpu_is_refused_before_it_ends_the_process(tmp_p
 
 
 @pytest.mark.slow
-def test_saving_by_time_and_a_profile(base32, compile_cache, tmp_path):
+def test_saving_by_time_and_a_profile(base32, tmp_path):
     train(run_config(
         base32, tmp_path / "run", "checkpoint.every=1000", "checkpoint.seconds=0.000001", "checkpoint.keep=9",
         "profile.start=3", "profile.steps=2",

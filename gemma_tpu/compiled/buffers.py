@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tpu.compiled.hlo import HOST, Module
+from gemma_tpu.errors import RunError
 
 ASSIGNMENT = "*after_optimizations-buffer-assignment.txt"
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?, page \d+,? ?(.*)")
+# libtpu 0.0.51 says the page, 0.0.42 does not.
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?,? ?(.*)")
 _VALUE = re.compile(r" value: <\d+ (\S+?)(?:\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)")
 
 
@@ -54,6 +56,9 @@ def memory(folder: Path, module: Module | None = None, count: int = 40) -> Memor
             buffers += [
                 Buffer(f"{names.get(name, name)} {shape.split('{')[0]}", kind, held) for name, held, _, shape in chosen
             ]
+    if not sums["argument"]:
+        raise RunError(f"{folder}: the buffer assignment has no allocation of an argument: this version of libtpu "
+                       "writes it otherwise; plan with --fast, or install the libtpu that this JAX names")  # fmt: skip
     buffers.sort(key=lambda one: -one.bytes)
     return Memory(sums["argument"], sums["output"], sums["temporary"], sums["host"], buffers[:count])
 

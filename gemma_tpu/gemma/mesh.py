@@ -147,7 +147,7 @@ def _replication_hint(arch: Architecture, tp: int) -> str:
 
 
 def choose(
-    arch: Architecture, device_count: int, rows: int, replicate_kv: bool = False, slices: int = 1
+    arch: Architecture, device_count: int, rows: int, replicate_kv: bool, slices: int = 1
 ) -> dict[str, int]:
     """`mesh: auto`: data over the slices; in each as much fsdp as the rows of a micro-batch can feed, the rest tp,
     heads permitting."""
