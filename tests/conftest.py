@@ -55,7 +55,7 @@ def base32(once):
     """A float32 base with a tokenizer. Read-only, like everything below."""
     from runs_helper import write_base
 
-    return once("base32", lambda folder: write_base(folder / "model")) / "model"
+    return once("base32", lambda folder: write_base(folder / "float32")) / "float32"
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def base16(once):
     """The same in bfloat16, other weights."""
     from runs_helper import write_base
 
-    return once("base16", lambda folder: write_base(folder / "model", "bfloat16", seed=1)) / "model"
+    return once("base16", lambda folder: write_base(folder / "bfloat16", "bfloat16", seed=1)) / "bfloat16"
 
 
 @pytest.fixture(scope="session")

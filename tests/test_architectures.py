@@ -288,6 +288,7 @@ def test_a_router_is_never_adapted(tiny_arch):
         tiny_arch("gemma4-26b-a4b"), rank=2)))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_greedy_completions_with_shared_keys_are_those_of_transformers(tiny_arch):
     ours, theirs = arch_helper.greedy(tiny_arch("gemma4-e2b"))
     assert ours == theirs
@@ -342,6 +343,7 @@ def check_random(config) -> None:
         check_gradients(Path(folder) / "model", experts=bool(config.get("enable_moe_block")), remat=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate],
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(architectures())

@@ -196,6 +196,7 @@ def test_a_finished_sweep_is_not_run_again_and_another_is_refused(server, bench,
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_too_slow_saturates_between_two_rates(server, bench):
     """One request at a time of 20 ms: fewer than 50 a second."""
     server.first, server.gap, server.slots = 0.02, 0.0, asyncio.Semaphore(1)
@@ -352,6 +353,7 @@ def test_several_runs_appended_to_one_file_are_several_points(bench, tmp_path):
     assert "no JSON" in bench(url=str(file), code=2)["error"]
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_where_they_have_the_same_points(server, bench, tmp_path, capsys):
     bench("--input", 24, "--output", 12, "--qps", "40,inf", "--prompts", 10, out="fast.json")
     server.gap = 0.008

@@ -240,6 +240,7 @@ def can_mount() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="a small disk needs `unshare -rm` and a tmpfs mount")
 def test_a_full_disk_costs_no_good_checkpoint_and_the_run_goes_on_when_there_is_room(
     one_device_run, base32, tmp_path

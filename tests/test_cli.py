@@ -290,6 +290,7 @@ def test_sample_refuses_what_it_could_only_ignore(run, model, tmp_path):
     assert code == 2 and "would all be the same" in err
 
 
+@pytest.mark.slow
 def test_sample_completes_every_prompt(run, model, tmp_path):
     (tmp_path / "p.txt").write_text("line one\nline two\n")
     code, out, err = run("sample", model, "--prompt", "a counter", "--prompt-file", tmp_path / "p.txt", "--n", "2",

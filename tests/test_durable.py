@@ -70,6 +70,7 @@ def test_ten_kills_in_the_middle_of_a_save_cost_nothing(base32, one_device_run, 
     raise AssertionError(f"only {hits} kills hit a save")
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_when_it_is_broken_is_named_and_the_one_before_is_used(
     base32, one_device_run, tmp_path
 ):

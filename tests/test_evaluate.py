@@ -132,6 +132,7 @@ def collected(model, draw, wanted):
     return {one.key: one for one in found}
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_gives_what_an_uninterrupted_one_gives(base32, monkeypatch):
     monkeypatch.setattr(answering, "ROWS", 3)  # and slots are given to others as samples end
     model = Model(base32)
@@ -166,6 +167,7 @@ def oracle(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 @needs_simulator
 def test_verilog_eval_of_a_run_has_both_models_both_verdicts_and_goes_on_where_it_stopped(
     whole_run, tmp_path, oracle, monkeypatch, capsys

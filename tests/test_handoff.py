@@ -268,6 +268,7 @@ def test_a_full_run_has_no_adapter(whole_run, tmp_path, monkeypatch):
 # --- PEFT, in ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_exported_adapter(exported, base32, whole_run, tmp_path):
     """At a rate of zero nothing moves: what is saved is what was taken up."""
     start = f"lora.init_from={exported}"
@@ -412,6 +413,7 @@ class _Base:
 # --- verify sees it ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verify_asks_peft_and_a_zeroed_adapter_would_be_seen(whole_run, whole_merged, monkeypatch):
     pytest.importorskip("peft")
     from gemma_tpu.handoff.verify import verify

@@ -70,6 +70,7 @@ def test_the_loss_is_the_formulas(tiny, name):
         assert relative_error(again[path], grad) <= 1e-4, path
 
 
+@pytest.mark.slow
 def test_the_gradient_predicts_the_change_of_the_loss(tiny):
     from gemma_tpu.step import step
 

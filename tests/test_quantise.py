@@ -128,7 +128,8 @@ def dequantised(folder, model):
     return plain
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_logits_and_gradients_are_those_of_the_dequantised_weights(tiny, kind):
     folder = tiny(**SMALL)
     model = quantised(folder, kind)

@@ -217,10 +217,8 @@ def test_tokens_are_told_as_they_come_and_can_be_stopped(model, greedy):
     assert sorted(done) == list(range(5)) and all(counts[0] < 11 for counts in seen.values())
 
 
-@pytest.mark.parametrize("sizes", [
-    {"fsdp": 2, "tp": 2}, pytest.param({"tp": 4}, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tp": 2}, {"tp": 4}, {"fsdp": 4}], ids=str)
 def test_a_mesh_of_four_completes_like_one_device(base32, greedy, drawn, sizes):
     model = gemma_tpu.load(base32, mesh=meshes.build(sizes))
     asked = Sampler(model, rows=6)

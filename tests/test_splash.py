@@ -50,14 +50,15 @@ def assert_equal(found, wanted, real_BT):
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "window"), [
     (256, 4, 2, 100),  # a local layer: the window ends inside a block
     (512, 2, 1, None),  # a global one
-    (128, 2, 2, T),  # a window as long as the row is none
+    pytest.param(128, 2, 2, T, marks=pytest.mark.slow),  # a window as long as the row is none
 ])  # fmt: skip
 def test_the_kernel_is_the_plain_form_and_so_are_its_gradients(head_dim, heads, kv_heads, window):
     assert_equal(*both(*inputs(heads, kv_heads, head_dim), window))
 
 
 # tp=4 has more devices than KV heads: each gets a copy of the one that its queries look at.
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tp": 2}, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param({"fsdp": 2, "tp": 2}, marks=pytest.mark.slow), {"tp": 4}],
+                         ids=str)  # fmt: skip
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_heads(sizes):
     with jax.set_mesh(meshes.build(sizes, jax.devices()[:4])):
         assert_equal(*both(*inputs(4, 2, 128), 100))

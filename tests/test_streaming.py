@@ -64,6 +64,7 @@ def on_two_hosts(requests: list) -> list[list[dict]]:
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
+@pytest.mark.slow
 def test_each_of_two_hosts_reads_its_half_and_both_hold_the_right_weights(folders):
     requests = [(folders[name], sizes, MOVED) for name, sizes in MESHES]
     around = (folders["dense"], {"fsdp": 8}, NEVER)  # what splits its columns, both read all of

@@ -54,6 +54,7 @@ def test_without_torch_it_says_that_transformers_was_not_compared(whole_run, who
     assert found["ok"] and found["clients"]["transformers"] == "not compared: torch is not installed"
 
 
+@pytest.mark.slow
 def test_a_bfloat16_merge_is_held_against_what_its_rounding_may_move(base16, tmp_path, capsys):
     train(run_config(base16, tmp_path / "run"))
     gemma_tpu.merge(tmp_path / "run")
@@ -160,6 +161,7 @@ def test_a_merge_of_another_step(whole_run, tmp_path):
     assert found["ok"] and found["step"] == 3
 
 
+@pytest.mark.slow
 def test_right_tensors_under_another_config(whole_run, merged):
     """Every tensor is right, and the model still is another: only the logits can tell."""
     config = json.loads((merged / "config.json").read_text())

@@ -236,6 +236,7 @@ def test_scoring_again_gives_the_same_verdicts_and_logs(ready):
         assert first == second, "no random name shows"
 
 
+@pytest.mark.slow
 @needs_clone
 @needs_simulator
 def test_ten_real_references_pass_both_verdicts_and_their_mutants_fail():
