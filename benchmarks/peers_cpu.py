@@ -1,15 +1,17 @@
 """Useful tokens a second of one LoRA training step on this CPU: gemma_tpu beside TRL + PEFT and Tunix + qwix.
 
-    python benchmarks/peers_cpu.py [--envs .bench-envs] [--rounds 5] [--steps 10] [--cores N] [--only ours …] [--json F]
+    python benchmarks/peers_cpu.py [--tokens 640] [--envs .bench-envs] [--rounds 5] [--steps 10] [--cores N]
+                                   [--only ours …] [--json F]
 
 Useful tokens are those that are not padding. Everybody trains the same tiny Gemma 4 geometry in float32 with LoRA on
 every projection, AdamW, no dropout and nothing recomputed, on the same rows, each token a target. Ours and TRL packed
 get sheets of 640 tokens, one a step (4.3 rows); TRL padded and Tunix get 4 rows a step, padded to the longest of the
-four and to 384. The peers run their own trainers in environments of their own, which the first call installs (about
-4 GB). All contenders are alive at once and take turns, A B C D A B C D …; the first turn warms up and compiles and
-does not count; figures are medians over turns, ratios are medians of the ratios within one round. Run it on idle
-cores: OpenMP's threads wait for each other by spinning, so that other work costs TRL far more than its share; where
-cores cannot be had alone, `--cores 1` is fair to all.
+four and to 384; with --tokens 2560 a step is four times that for everybody. The peers run their own trainers in
+environments of their own, which the first call installs (about 4 GB). All contenders are alive at once and take
+turns, A B C D A B C D …; the first turn warms up and compiles and does not count; figures are medians over turns,
+ratios are medians of the ratios within one round. Run it on idle cores: OpenMP's threads wait for each other by
+spinning, so that other work costs TRL far more than its share; where cores cannot be had alone, `--cores 1` is fair
+to all.
 """
 
 import argparse
@@ -66,7 +68,13 @@ def draw_rows() -> list[list[int]]:
     return [rng.integers(256, MODEL["vocab"], int(n)).tolist() for n in lengths]
 
 
-def write_inputs(folder: Path) -> Path:
+def training(tokens: int) -> dict[str, Any]:
+    """Of a step of so many packed tokens; four padded rows for 640."""
+    rows = tokens * TRAINING["rows_per_step"] // TRAINING["packed"]
+    return TRAINING | {"packed": tokens, "rows_per_step": max(1, rows)}
+
+
+def write_inputs(folder: Path, tokens: int) -> Path:
     """The checkpoint, the rows and the settings; returns the settings file."""
     from gemma_tpu.tiny.checkpoint import write_tiny
 
@@ -76,7 +84,8 @@ def write_inputs(folder: Path) -> Path:
     lengths = np.array([len(row) for row in rows])
     print(f"{len(rows):,} rows of mean {lengths.mean():.1f} tokens, p99 {np.percentile(lengths, 99):.0f}, longest "
           f"{lengths.max()}", file=sys.stderr)  # fmt: skip
-    settings = TRAINING | {"model": MODEL, "checkpoint": str(folder / "model"), "rows": str(folder / "rows.json")}
+    files = {"checkpoint": str(folder / "model"), "rows": str(folder / "rows.json")}
+    settings = training(tokens) | {"model": MODEL} | files
     (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     return folder / "settings.json"
 
@@ -121,7 +130,7 @@ class Runner:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, Any]]]:
     """The answers of every round after the first; the contenders take turns."""
-    settings, steps = write_inputs(folder), arguments.steps
+    settings, steps = write_inputs(folder, arguments.tokens), arguments.steps
     cores = set(sorted(os.sched_getaffinity(0))[: arguments.cores])
     runners = []
     try:
@@ -165,6 +174,7 @@ def table(found: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=TRAINING["packed"], help="of a packed sheet, one a step (640)")
     parser.add_argument("--envs", type=Path, default=environments.DEFAULT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps of one turn")
@@ -182,7 +192,8 @@ def main() -> None:
               f"{line['tokens_per_cpu_s']:,} | {line.get('ours_over_it', '')} | {line['base']:,} | "
               f"{line['trainable']:,} |")  # fmt: skip
     if arguments.json:
-        kept = {"model": MODEL, "training": TRAINING, "packages": environments.PACKAGES, "rounds": found}
+        kept = {"model": MODEL, "training": training(arguments.tokens), "packages": environments.PACKAGES,
+                "rounds": found}  # fmt: skip
         over = {line["name"]: line["ours_over_it"] for line in lines if "ours_over_it" in line}
         arguments.json.write_text(json.dumps(kept | {"table": lines, "ours_over": over}, indent=1) + "\n")
 

@@ -11,7 +11,9 @@ from gemma_tpu.pages.page import Axis, Bar, Curve, Dot
 
 # Claims that are ratios to a peer, as the picture calls them.
 PEERS = {
-    "trl-padded": "a train step, beside TRL + PEFT padded",
+    "trl-padded-wide": "a train step of 2,560 tokens, beside TRL + PEFT padded",
+    "trl-packed-wide": "… packed",
+    "trl-padded": "… of 640 tokens, padded",
     "trl-packed": "… packed",
     "tunix-step": "… beside Tunix",
     "prepare-few": "preparing rows, beside TRL",

@@ -32,7 +32,7 @@ def listed(text: str) -> list[str]:
 ORDER = listed("""
     errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
-    storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
+    storage: ahead retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention projection experts kv_cache
         model sites loading
     run: runs metrics checkpoint
@@ -66,7 +66,7 @@ ORDER = listed("""
 WITHOUT_JAX = listed("""
     errors assets plain schema config overlay
     hardware: chips clouds prices devices distributed torus
-    storage: retry remote hub sources transfer header shards staging stage layout destination hub_cache
+    storage: ahead retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config weights quantise sizes
     run: runs metrics
     pages: columns comparison comparison_page page report

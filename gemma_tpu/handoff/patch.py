@@ -12,9 +12,8 @@ import re
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -29,6 +28,7 @@ from gemma_tpu.adapter.updates import Edit, LowRank, Replace, TensorChange, Upda
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.handoff.blas import single_threaded
 from gemma_tpu.storage import layout
+from gemma_tpu.storage.ahead import in_order
 from gemma_tpu.storage.destination import Destination, Folder, opened
 from gemma_tpu.storage.layout import Layout, OutShard
 from gemma_tpu.storage.remote import restore_url
@@ -232,7 +232,7 @@ class _Writer:
                 if tensor.name in self.edits:
                     self.report.changes[tensor.name] = TensorChange(tensor.size)
             file.write(shard.header)
-            for name, block, change in _in_order(pool, self._jobs(shard), window):
+            for name, block, change in in_order(pool, self._jobs(shard), window):
                 file.write(block.reshape(-1).view("u1").data)
                 if change is not None:
                     self.report.changes[name].add(change)
@@ -248,17 +248,3 @@ class _Writer:
             tensor = updates.Tensor(self.base, info, self.edits.get(info.name))
             for index in updates.blocks(info.shape):
                 yield partial(tensor.block, index)
-
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Job], window: int) -> Iterator[Done]:
-    pending: deque[Future[Done]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) > window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()

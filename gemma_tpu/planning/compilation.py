@@ -102,6 +102,11 @@ def _versions() -> list[str]:
     return [f"{name} {one.version}" for name, found in installed.items() for one in found]
 
 
+def compiler() -> str:
+    """Its schedules differ from version to version."""
+    return next((one for one in _versions() if one.startswith("libtpu ")), "no libtpu")
+
+
 @cache
 def _code() -> str:
     """Of the whole package: which of its files a step depends on is nobody's to remember."""

@@ -223,7 +223,8 @@ def _compile(plan: Plan, dump: Path | None, full: bool, say: Callable[[str], Non
         say(f"the train step for {plan.place.name} as the compiler had it on {known.kept} ({compilation.folder()})")
         return known
     with _folder(dump) as folder:
-        say(f"compiling the train step for {plan.place.name} by the TPU compiler on this machine ...")
+        say(f"compiling the train step for {plan.place.name} by the TPU compiler on this machine "
+            f"({compilation.compiler()}) ...")  # fmt: skip
         return compilation.compile_step(request, plan.place, folder, full, say)
 
 

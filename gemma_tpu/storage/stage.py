@@ -8,9 +8,8 @@ import hashlib
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 from gemma_tpu import plain
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.storage.ahead import in_order
 from gemma_tpu.storage.hub import HubSource
 from gemma_tpu.storage.remote import (
     HIDDEN,
@@ -251,18 +251,9 @@ class _Digest:
 def _chunks(source: Source, file: File) -> Iterator[bytearray]:
     """The file in order, the next chunks being fetched while one is used."""
     with ThreadPoolExecutor(_CHUNKS_AHEAD, "chunks") as pool:
-        pending: deque[Future[bytearray]] = deque()
-        try:
-            for start in range(0, file.size, _CHUNK_BYTES):
-                end = min(start + _CHUNK_BYTES, file.size)
-                pending.append(pool.submit(source.read, file.name, start, end))
-                if len(pending) > _CHUNKS_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        starts = range(0, file.size, _CHUNK_BYTES)
+        jobs = (partial(source.read, file.name, at, min(at + _CHUNK_BYTES, file.size)) for at in starts)
+        yield from in_order(pool, jobs, _CHUNKS_AHEAD)
 
 
 @contextmanager
