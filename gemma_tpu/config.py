@@ -170,7 +170,7 @@ class _Draft:
         if self.problems:
             count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
             lines = [text for _, text in sorted(self.problems, key=lambda problem: problem[0])]
-            raise UserError(f"{self.source}: {count}\n  " + plain.first(lines, 50, "\n  "))
+            raise UserError(f"{self.source}: {count}\n  " + plain.first(lines, 20, "\n  "))
         return config
 
     def _problem(self, line: int, text: str) -> None:

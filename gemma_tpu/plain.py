@@ -170,7 +170,8 @@ def position(error: yaml.YAMLError) -> str:
 
 def largest(tree: Any) -> float:
     """The largest number in it, by its size."""
-    return max((abs(value) for level in levels(tree) for value in level if number(value)), default=0)
+    found = (value for level in levels(tree) for value in level if type(value) is int or number(value))
+    return max(map(abs, found), default=0)
 
 
 # --- forms ---

@@ -15,7 +15,7 @@ from test_page import check
 from tokenizers import Tokenizer
 
 from gemma_tpu import cli
-from gemma_tpu.bench import bench_file, bench_prompts, scrape
+from gemma_tpu.bench import bench_file, bench_page, bench_prompts, scrape
 from gemma_tpu.errors import UserError
 from gemma_tpu.tiny import tokenizer as tiny_tokenizer
 
@@ -421,3 +421,10 @@ def test_a_damaged_or_foreign_file_is_refused(bench, tmp_path, server):
     shutil.copy(DATA / "vllm_bench_plain.json", file)
     assert "no result of this command" in bench(*ONE, code=2, out="x.json")["error"]
     assert bench_file.read(file).points[0]["qps"] in ("inf", 2) or math.isfinite(bench_file.read(file).points[0]["qps"])
+
+
+@pytest.mark.parametrize("values", [(-3.0, 100.0), (-3.0, -1.0), (5e-324, 1e308), (1.0, 100.0)])
+def test_a_file_that_says_negative_milliseconds_is_drawn(values):
+    points = [{"qps": 1.0}, {"qps": 2.0}]
+    drawn = bench_page._picture([("a", points)], lambda one: values[int(one["qps"]) - 1], "ms", True)
+    assert "nan" not in drawn and all(f"QPS {qps}" in drawn for qps in (1, 2))

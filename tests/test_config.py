@@ -328,3 +328,10 @@ def test_reading_a_config_imports_no_jax_and_is_quick():
     seconds, jax = zip(*(run.stdout.split() for run in runs), strict=True)
     assert set(jax) == {"False"}
     assert min(map(float, seconds)) < 0.2
+
+
+def test_a_hundred_mistakes_are_a_message_that_one_can_read():
+    with pytest.raises(UserError) as error:
+        load("tiny_cpu.yaml", [f"data.nothing_{number}=1" for number in range(99)])
+    said = str(error.value)
+    assert "99 problems" in said and said.endswith("… and 79 more") and len(said) < 6000

@@ -150,8 +150,9 @@ def _picture(series: Sequence[Series], value: Callable[[Card], float | None], un
     some = any(math.isinf(float(one["qps"])) for _, points in found for one, _ in points)
     x = Axis("requests a second", least / 1.3, end * 1.3, log=True, marks=[*marks, *([(end, "inf")] if some else [])])
     low, high = min(values), max(values)
-    wide = log and high > 8 * low
-    y = Axis(unit, low / 1.6, high * 1.6, log=True) if wide else Axis(unit, 0.0, high * 1.15)
+    wide = log and 1e-9 < low < high / 8  # a file from elsewhere may say -1 ms, or 5e-324
+    top = min(high, 1e300)
+    y = Axis(unit, low / 1.6, top * 1.6, log=True) if wide else Axis(unit, 0.0, top * 1.15 if high > 1e-9 else 1.0)
     curves, dots = [], []
     for at, (name, points) in enumerate(found):
         finite_points = [(float(one["qps"]), number) for one, number in points if not math.isinf(float(one["qps"]))]
