@@ -121,6 +121,19 @@ def test_a_built_mesh_has_all_four_axes_and_every_device():
         meshes.build({"fsdp": 4}, jax.devices()[:2])
 
 
+def test_a_mesh_is_not_built_across_slices_by_another_axis_than_data(monkeypatch):
+    monkeypatch.setattr(meshes.torus, "slices", lambda devices: 2)
+    with pytest.raises(UserError, match="mesh.data=1 on 2 slices"):
+        meshes.build({"fsdp": 4}, jax.devices()[:4])
+    assert meshes.build({"data": 2, "fsdp": 2}, jax.devices()[:4]).shape["data"] == 2
+
+
+def test_heads_are_not_copied_unless_that_is_asked_for():
+    with pytest.raises(UserError, match="mesh.tp=8 does not divide the 4 global KV heads"):
+        meshes.check_heads(BIG, 8)
+    assert meshes.check_heads(BIG, 8, replicate_kv=True)
+
+
 def test_specs_come_from_the_one_table_and_leave_out_axes_of_size_1():
     mesh = meshes.build({"fsdp": 2, "tp": 2}, jax.devices()[:4])
     assert spec_for(("layers", "heads", None, "embed"), mesh) == P(None, "tp", None, "fsdp")

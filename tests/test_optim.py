@@ -176,6 +176,17 @@ def test_norms_scalars_and_magnitudes_do_not_decay_and_loraplus_moves_b_faster(t
     assert "embed.w" not in still and optim.roles(model)["embed.w"].matrix is None  # Muon leaves it to Adam
 
 
+def test_what_stands_still_does_not_move_and_has_no_moments():
+    params = {"start": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+    roles = {"start": optim.Role(still=True, decays=False), "b": optim.Role()}
+    rate, _ = optim.schedule(OptimConfig(warmup_steps=0), 10)
+    made = optim.optimizer(OptimConfig(warmup_steps=0), rate, roles)
+    state = made.init(params)
+    updates, _ = made.update(params, state, params)
+    assert not np.any(updates["start"]) and np.all(updates["b"])
+    assert sum(leaf.shape == (2, 3) for leaf in jax.tree.leaves(state)) == 2, "of b alone"
+
+
 def test_muon_is_told_which_dims_a_matrix_maps_from_and_to(tiny):
     from helpers import SMALL
 
@@ -209,3 +220,10 @@ def test_what_an_optimizer_holds_of_a_tensor_lies_as_that_tensor_does(name):
         assert sharding.spec == wanted.get(leaf.shape, PartitionSpec()), leaf.shape
         found[leaf.shape] = sharding
     assert {(512,), (256,), (128,)} <= set(found) if name == "adafactor" else {(256, 128), (512,)} <= set(found)
+
+
+@pytest.mark.parametrize(("warmup", "clamped"), [(8, False), (9, True)])
+def test_a_decay_that_the_run_has_no_steps_for_is_said(warmup, clamped):
+    section = OptimConfig(schedule="wsd", decay_ratio=0.2, warmup_steps=warmup)
+    notes = optim.schedule(section, 10)[1]
+    assert bool(notes) == clamped and all("clamped to 1 steps" in note for note in notes)
