@@ -19,7 +19,7 @@ from gemma_tpu.errors import UserError
 
 DEPTH = 64
 LARGEST = 1 << 128
-YAML_LARGEST = 1 << 20  # characters: the reader takes a second for each 100 KB
+YAML_LARGEST = 1 << 18  # characters: the reader takes a second for each 100 KB
 LONG = 80  # characters of a value that a message shows
 MANY = 20  # problems of one file that a message shows
 

@@ -144,9 +144,9 @@ def main(args: argparse.Namespace) -> None:
     chosen = [name for name in TESTS if not args.module or name.endswith(tuple(args.module))]
     if not chosen:
         raise UserError(f"--module {' '.join(args.module)}: the core is {', '.join(TESTS)}")
-    offered = {name: mutations(ROOT / "gemma_tpu" / name) for name in TESTS}
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
+    offered = {name: mutations(ROOT / "gemma_tpu" / name) for name in TESTS}
     drawn = [one for one, _ in zip(spread(offered, random.Random(args.seed)), range(args.count), strict=False)]
     print(f"{len(drawn)} of {sum(map(len, offered.values())):,} possible breaks of {len(TESTS)} modules, "
           f"seed {args.seed}", flush=True)  # fmt: skip

@@ -58,7 +58,7 @@ class Server:
                 if not await (self._get(writer, path) if method == "GET" else self._post(writer, path, body)):
                     break
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
+            pass  # the client has gone, or the server stops
         finally:
             writer.close()
 

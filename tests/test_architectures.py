@@ -196,8 +196,8 @@ def test_gradients_through_shared_keys_and_values_are_pefts_and_survive_remat(ti
     check_gradients(tiny_arch("gemma4-e2b"), experts=False)
 
 
-def test_gradients_of_adapters_on_experts_are_pefts_and_survive_remat(tiny_arch):
-    check_gradients(tiny_arch("gemma4-26b-a4b"), experts=True)
+def test_gradients_of_adapters_on_experts_are_pefts(tiny_arch):
+    check_gradients(tiny_arch("gemma4-26b-a4b"), experts=True, remat=False)
 
 
 def test_merged_experts_are_in_transformers_what_peft_applies(tiny_arch, tmp_path):

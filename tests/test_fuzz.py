@@ -44,6 +44,10 @@ DATA = Path(__file__).parent / "data"
 SECONDS = float(os.environ.get("GEMMA_TPU_FUZZ_SECONDS", "60"))
 SEED = int(os.environ.get("GEMMA_TPU_FUZZ_SEED", "0"))
 TREES = 8  # that hypothesis makes for each reader in the fast suite
+TINY: dict[str, Any] = dict(
+    layers=2, pattern=1, hidden=8, mlp=8, heads=2, kv_heads=1, global_kv_heads=1, head_dim=8, global_head_dim=8,
+    window=4, vocab=640,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -617,20 +621,7 @@ def tokenizer_file(name: str) -> Callable[[Path, Any], Target]:
         from gemma_tpu.data.tokenizer import Tokenizer
         from gemma_tpu.tiny.checkpoint import write_tiny
 
-        model = write_tiny(
-            folder / "model",
-            layers=2,
-            pattern=1,
-            hidden=8,
-            mlp=8,
-            heads=2,
-            kv_heads=1,
-            global_kv_heads=1,
-            head_dim=8,
-            global_head_dim=8,
-            window=4,
-            vocab=640,
-        )
+        model = write_tiny(folder / "model", **TINY)
         good = (model / name).read_bytes()
         talk = LINES[0]["messages"]
 
@@ -655,23 +646,7 @@ def adapter_file(name: str) -> Callable[[Path, Any], Target]:
         from gemma_tpu.gemma.weights import lora_entries
         from gemma_tpu.tiny.checkpoint import write_tiny
 
-        base = open_checkpoint(
-            write_tiny(
-                folder / "base",
-                layers=2,
-                pattern=1,
-                hidden=8,
-                mlp=8,
-                heads=2,
-                kv_heads=1,
-                global_kv_heads=1,
-                head_dim=8,
-                global_head_dim=8,
-                window=4,
-                vocab=640,
-                tokenizer=False,
-            )
-        )
+        base = open_checkpoint(write_tiny(folder / "base", **TINY, tokenizer=False))
         arch = hf_config.from_config(base.config)
         parts = {
             tensor: LowRank(

@@ -97,3 +97,10 @@ def test_layers_that_go_round_are_refused(tmp_path):
     file = write(tmp_path, f"over: {tmp_path / 'mine.yaml'}\n")
     with pytest.raises(UserError, match="goes round in a circle"):
         prices.load(file)
+
+
+def test_a_set_that_stands_on_nothing_must_hold_every_value(tmp_path):
+    file = write(tmp_path, "over: null\nvalues: {own.pue: {value: 1.2, from: a, date: b}}\n")
+    with pytest.raises(UserError, match="lacks the values compile.tpu_minutes, .*over: catalogue") as error:
+        prices.load(file)
+    assert "own.utilisation" in str(error.value) and "own.pue" not in str(error.value)

@@ -3,6 +3,7 @@
 JAX reads its platform once, when the first array is made: everything here must run before that.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -18,6 +19,8 @@ def quiet() -> None:
     """Libraries below the level of an error stay silent; what a user must know, this package says itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA and TensorFlow: errors only
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if importlib.util.find_spec("libtpu") and not accelerators():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it complains to stderr where it finds no TPU, for seconds
     for name in ("jax", "orbax", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A save that fails, Orbax raises, and logs once more from each of its threads with a traceback.
@@ -26,6 +29,12 @@ def quiet() -> None:
     sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     # To read a checkpoint onto one device, whatever mesh it was saved on, is what merge and sample mean.
     warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
+
+
+def accelerators() -> str:
+    """The first device file of an accelerator on this machine: TPU, NVIDIA, AMD, or a GPU under WSL."""
+    patterns = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+    return str(next((path for pattern in patterns for path in Path("/dev").glob(pattern)), ""))
 
 
 def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -148,6 +148,12 @@ def load(name: str = DEFAULT, overrides: Sequence[str] = ()) -> Prices:
     for _, tree in reversed(layers):
         for section in merged:
             merged[section] |= tree.get(section) or {}
+    missing = [] if name == DEFAULT else sorted(load().values.keys() - merged["values"].keys())
+    if missing:
+        raise UserError(
+            f"--prices {name}: lies over no other set, and lacks the values {plain.first(missing)}; "
+            f"add them, or let it lie over {DEFAULT} (over: {DEFAULT})"
+        )
     found = Prices(
         name, {chips.find(key).name: _machine(one) for key, one in merged["machines"].items()},
         {key: Owned(float(one["usd"]), float(one["watts"]), _source(one)) for key, one in merged["own"].items()},

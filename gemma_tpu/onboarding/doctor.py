@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gemma_tpu.assets import PACKAGE
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import devices
 
 GIB = 2**30
 NEEDED = (3, 11)
@@ -103,18 +104,13 @@ def _devices() -> Check:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Check("devices", "wrong", f"JAX failed: {last}", "on a TPU VM: pip install 'gemma_tpu[tpu]'")
     found, _, platform = done.stdout.strip().splitlines()[-1].partition(" | ")
-    if platform == "cpu" and _accelerators():
-        return Check("devices", "wrong", f"{found}, though {_accelerators()} is there",
+    if platform == "cpu" and (device := devices.accelerators()):
+        return Check("devices", "wrong", f"{found}, though {device} is there",
                      "pip install 'gemma_tpu[tpu]' (or [cuda]); is JAX_PLATFORMS=cpu set?")
     if platform == "cpu":
         return Check("devices", "missing", f"{found}: enough for the demo and for planning",
                      "train on a TPU VM; `gemma-tpu plan CONFIG --on SLICE` needs none")
     return Check("devices", "ok", found)
-
-
-def _accelerators() -> str:
-    seen = (path for pattern in ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*") for path in Path("/dev").glob(pattern))
-    return str(next(seen, ""))
 
 
 def _memory() -> Check:

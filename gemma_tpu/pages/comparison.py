@@ -126,7 +126,7 @@ def warnings(first: Run, other: Run) -> Iterator[str]:
         plans = first.summary.get("plan"), other.summary.get("plan")
         if at is None and None not in plans and plans[0] != plans[1]:
             yield f"plan: {names} count as many tokens, and their plans differ: {plans[0]} | {plans[1]}"
-    rate = next((i for i, (a, b) in enumerate(pairs) if not math.isclose(a["lr"], b["lr"], rel_tol=RATE)), None)
+    rate = next((i for i, (a, b) in enumerate(pairs) if not _same_rate(a["lr"], b["lr"])), None)
     yield from _told(rate, pairs, f"schedule: {names} have other learning rates", "lr", "they are not the same run")
     if len(first.rows) != len(other.rows):
         yield f"length: {first.name} has {len(first.rows):,} updates, {other.name} {len(other.rows):,}"
@@ -163,6 +163,11 @@ def _held(settings: Config) -> str:
     return settings.model.dtype + (f", {settings.model.quantise}" if settings.model.quantise else "")
 
 
+def _same_rate(one: float | None, other: float | None) -> bool:
+    """None is a rate that was no number."""
+    return one == other if one is None or other is None else math.isclose(one, other, rel_tol=RATE)
+
+
 def _where(pairs: Sequence[tuple[Row, Row]], key: str) -> int | None:
     return next((at for at, (a, b) in enumerate(pairs) if a[key] != b[key]), None)
 
@@ -170,7 +175,8 @@ def _where(pairs: Sequence[tuple[Row, Row]], key: str) -> int | None:
 def _told(at: int | None, pairs: Sequence[tuple[Row, Row]], what: str, key: str, so: str) -> Iterator[str]:
     if at is not None:
         a, b = pairs[at]
-        values = (f"{x[key]:,}" if key != "lr" else f"{x[key]:.4g}" for x in (a, b))
+        form = ".4g" if key == "lr" else ","
+        values = ("no number" if x[key] is None else f"{x[key]:{form}}" for x in (a, b))
         yield f"{what} from update {a['step']} on ({key} {' and '.join(values)}): {so}"
 
 

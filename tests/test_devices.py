@@ -1,0 +1,25 @@
+"""What the environment of a command says before JAX is imported."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+
+from gemma_tpu.hardware import devices
+
+
+@pytest.mark.parametrize("installed, there, given, wanted", [
+    (True, "", None, "cpu"), (True, "/dev/accel0", None, None), (False, "", None, None), (True, "", "proxy", "proxy"),
+])  # fmt: skip
+def test_a_tpu_library_is_not_asked_where_no_accelerator_is(monkeypatch, installed, there, given, wanted):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed and name == "libtpu")
+    monkeypatch.setattr(devices, "accelerators", lambda: there)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if given:
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+    devices.quiet()
+    found = os.environ.get("JAX_PLATFORMS")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # what quiet() set goes with the patches
+    assert found == wanted
