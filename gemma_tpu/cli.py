@@ -43,6 +43,7 @@ from gemma_tpu.schema import Config
 from gemma_tpu.tiny.archs import ARCHS
 from gemma_tpu.tiny.checkpoint import DTYPES, write_tiny
 
+NO_HOME = "Could not determine home directory."  # what Path.expanduser says of a user that is not there
 EXAMPLES = """\
 examples:
   gemma-tpu doctor                                      what this machine has of what a run needs
@@ -110,6 +111,10 @@ def _guarded(call: Callable[[], tuple[Result, int]]) -> tuple[Result, int]:
         if error.errno != errno.ENAMETOOLONG:  # a path that was given, wherever it is looked at first
             raise
         return _failed(f"{error.filename}: {error.strerror}"), 2
+    except RuntimeError as error:
+        if str(error) != NO_HOME:
+            raise
+        return _failed("a path begins with ~NAME, and NAME is no user of this machine; write ~/ or the whole path"), 2
 
 
 def _failed(error: object) -> Result:

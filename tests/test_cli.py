@@ -132,6 +132,12 @@ def test_a_path_that_is_too_long_is_one_message(command, capsys):
     assert "File name too long" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("line", ["validate tiny_cpu.yaml data.path=", "train tiny_cpu.yaml run_dir="])
+def test_the_home_of_nobody_is_one_message(line, capsys):
+    assert cli.main(f"{line}~no-such-user/x".split()) == 2
+    assert "error: a path begins with ~NAME" in capsys.readouterr().err
+
+
 def test_under_json_stdout_holds_one_object_whatever_is_printed(run, tmp_path):
     chatty = recipe(tmp_path, "print('hello'); return {'loss': float('nan'), 'all': [float('inf'), 1.5]}")
     code, out, err = run("train", "tiny_cpu.yaml", chatty, "--json")

@@ -66,6 +66,7 @@ values:
   own.utilisation: {value: 1.5, from: a, date: b}
   own.pue: {value: 0.5, from: a, date: b}
   own.years: {value: 0, from: a, date: b}
+  own.usd_kwh: {value: null, from: a, date: b}
 """)
     with pytest.raises(UserError) as error:
         prices.load(file)
@@ -75,6 +76,7 @@ values:
         "machines.v5p-8.usd_hour: -1 must be", "[2, 1] must be [lowest, highest]", "own.v5e: TPUs are rented",
         "own.h10: unknown chip; did you mean h100?", "did you mean engineering.usd_hour?",
         "own.utilisation: 1.5 must be a share", "own.pue: 0.5 must be at least 1", "own.years: 0 must be a number",
+        "own.usd_kwh: None must be a number",
     ):  # fmt: skip
         assert words in str(error.value)
 

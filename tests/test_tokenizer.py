@@ -211,6 +211,11 @@ REFUSED = {
         turns("q", "A"),
         r"the chat template refuses the conversation: roles must alternate",
     ),
+    "a template that writes half of a letter": (
+        r"{{ '\ud800' }}" + BARE,
+        turns("q", "A"),
+        r"the chat template breaks on the conversation: it writes half of a letter",
+    ),
     "a template that writes the last turn first": (
         "{% for m in messages[::-1] %}{{ m.content }}<turn|>{% endfor %}",
         [{"role": "user", "content": ""}, *turns("", "A", "", "A")[1:]],

@@ -158,6 +158,7 @@ def test_modules_that_the_top_does_not_use_are_left_out():
     assert verilog_code.attack_in(verilog_code.used(own_bench + top, "TopModule")) is None
     twice = own_bench + own_bench + top
     assert verilog_code.used(twice, "TopModule") == twice, "left for the compiler to refuse"
+    assert verilog_code.used(" 1 + [2]", "TopModule") == " 1 + [2]", "not one name in it"
 
 
 @pytest.mark.parametrize(

@@ -300,8 +300,8 @@ class _Walk:
         if key == "content" and self.pending and (not explained or last == "response"):
             text = "".join(self.atoms[at].text for at in self.pending)
             raise UserError(
-                f"{self.where}: the chat template writes {text!r} before the answer, which the generation prompt "
-                "lacks: the model would learn to answer a prompt that serving never sends; use a template whose "
+                f"{self.where}: the chat template writes {short(text)} before the answer, which the generation "
+                "prompt lacks: the model would learn to answer a prompt that serving never sends; use a template whose "
                 "generation prompt ends where the answer begins"
             )
         self._take(n)
@@ -330,10 +330,10 @@ def _unfinished(text: str) -> bool:
 def _misplaced(inserted: str, thinks: bool) -> str | None:
     """What only the prompt has may stand before an answer, but not in the middle of a thought."""
     if inserted and thinks:
-        return (f"it has reasoning, and with thinking off the generation prompt goes on with {inserted!r}: turn "
+        return (f"it has reasoning, and with thinking off the generation prompt goes on with {short(inserted)}: turn "
                 "thinking on, or leave the reasoning out")  # fmt: skip
     if _unfinished(inserted):
-        return (f"with thinking on the generation prompt opens a thought ({inserted!r}), and this answer has no "
+        return (f"with thinking on the generation prompt opens a thought ({short(inserted)}), and this answer has no "
                 "reasoning: give it one, or turn thinking off")  # fmt: skip
     return None
 

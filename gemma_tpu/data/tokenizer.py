@@ -215,6 +215,8 @@ class Tokenizer:
                 messages, tools=list(tools) if tools else None, tokenize=False,
                 add_generation_prompt=add_generation_prompt, **options,
             )  # fmt: skip
+            if not plain.encodes(text):
+                raise ValueError("it writes half of a letter (a lone surrogate)")
             return text
         except Exception as error:  # a template is a program of somebody's, in a sandbox, and can fail in every way
             told = plain.cut(" ".join(str(error).split()), 400) or "it does not say why"

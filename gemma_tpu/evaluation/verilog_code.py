@@ -90,7 +90,7 @@ def used(code: str, top: str) -> str:
     """A bare design without the modules that `top` does not use: models often add a bench of their own."""
     spans, start = {}, None
     matches = [match for match in TOKEN.finditer(code) if match.lastgroup == "name"]
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
+    for match, following in zip(matches, [*matches[1:], None], strict=False):  # may be none at all
         if match.group() in ("module", "macromodule") and start is None and following:
             start, name = match.start(), following.group()
         elif match.group() == "endmodule" and start is not None:

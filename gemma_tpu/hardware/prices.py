@@ -5,6 +5,7 @@ A set is a file in bundled/prices/ or the user's own; it lies over another (`ove
 
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,11 +194,12 @@ def _overridden(found: Prices, overrides: Sequence[str]) -> Prices:
 
 def _read(name: str) -> tuple[str, dict[str, Any]]:
     bundled = resolve(f"{FOLDER}/{name}.yaml")
-    path = bundled if name in names() else Path(name).expanduser()
-    if not path.is_file():
+    path = bundled if name in names() else Path(os.path.expanduser(name))
+    if not os.path.isfile(path):  # unlike Path's, no error where the name is too long for one
         near = difflib.get_close_matches(name, names(), 1, 0.4)
         meant = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--prices {name}: no such file, and no bundled set ({', '.join(names())}){meant}")
+        known = ", ".join(names())
+        raise UserError(f"--prices {plain.cut(name, 200)}: no such file, and no bundled set ({known}){meant}")
     tree = plain.yaml_file(path, f"--prices {path}")
     if isinstance(tree, dict) and "over" not in tree and path != bundled:
         tree["over"] = DEFAULT  # a file of the user's says what differs, and no more
@@ -269,9 +271,9 @@ def _value_problems(name: str, one: Any, known: Mapping[str, Value]) -> Iterator
         yield f"{plain.below('', name)}: unknown{_near(name, known)}"
         return
     yield from _entry_problems(f"values.{name}", one, VALUE, ())
-    value = one.get("value") if isinstance(one, dict) else None
-    if value is None:
+    if not isinstance(one, dict) or "value" not in one:
         return
+    value = one["value"]
     if not _positive(value) and not (name in MAY_BE_ZERO and value == 0 and type(value) in (int, float)):
         yield f"{name}: {plain.shown(value)} must be a number {'of at least' if name in MAY_BE_ZERO else 'above'} 0"
     elif name in SHARES and value > 1:
