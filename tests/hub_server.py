@@ -65,6 +65,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize, disable_nagle_algorithm = -1, True  # an answer in one packet, at once
 
             def log_message(self, *_: Any) -> None:
                 """Requests are not printed."""

@@ -71,6 +71,7 @@ def test_an_empty_stop_string_is_refused(writer):
         writer.write([Asked("a")], FEW, stop=[""])
 
 
+@pytest.mark.slow
 def test_a_run_folder_completes_with_its_adapter(whole_run, base32):
     settings = Settings(max_new_tokens=8)
     tuned, base = (complete(target, ["a counter"], settings)[0] for target in (whole_run, base32))

@@ -46,7 +46,7 @@ def test_drawing_follows_the_softmax_at_its_temperature(temperature):
     assert fits(drawn, softmax(LOGITS, temperature * 1.3)) < 1e-6, "the test can tell"
 
 
-@pytest.mark.parametrize("k", [2, 9, 24, 1000])
+@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 9, 24, 1000])
 def test_top_k_draws_the_k_likeliest_and_no_other(k):
     allowed = np.argsort(-LOGITS)[:k]
     probability_V = np.zeros(24)
@@ -82,9 +82,11 @@ def test_top_p_counts_within_what_top_k_left():
     assert set(draws(logits=logits_V, temperature=1.0, top_k=2, top_p=0.5)) == {2}
 
 
-def test_top_p_of_next_to_nothing_is_greedy():
-    for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
-        assert set(draws(temperature=1.0, **narrow)) == {LOGITS.argmax()}
+@pytest.mark.parametrize("narrow", [
+    {"top_p": 1e-6}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"top_k": 1}, {"min_p": 1.0})),
+], ids=str)  # fmt: skip
+def test_what_leaves_one_token_is_greedy(narrow):
+    assert set(draws(temperature=1.0, **narrow)) == {LOGITS.argmax()}
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3])

@@ -46,6 +46,7 @@ class Server:
     def _handler(server):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize, disable_nagle_algorithm = -1, True  # an answer in one packet, at once
 
             def log_message(self, *_):
                 pass

@@ -108,7 +108,9 @@ def short_turns(monkeypatch):
     monkeypatch.setattr(experts, "ROWS", 8)  # so that uneven routing takes several turns here too
 
 
-@pytest.mark.parametrize("sizes", [{}, *MESHES], ids=str)
+@pytest.mark.parametrize("sizes", [
+    {}, *MESHES[2:5], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (*MESHES[:2], *MESHES[5:])),
+], ids=str)  # fmt: skip
 def test_outputs_and_all_gradients_are_those_of_every_expert_on_every_token(sizes):
     case = Case()
     assert (pairs_of(case) > 0).all()

@@ -62,6 +62,7 @@ def test_greedy_text_is_that_of_sample(server, greedy):
     assert chat[1]["choices"][0]["message"] == {"role": "assistant", "content": greedy[-1]["text"]}
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_samples_of_that_seed_whoever_else_is_there(server, writer):
     hot = Settings(max_new_tokens=NEW, temperature=1.5, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
     wanted = writer.write(every(TEXTS[:2], n=3, raw=True), hot)

@@ -135,7 +135,7 @@ def test_bfloat16_inputs_give_a_float32_loss_close_to_the_exact_one():
 
 
 # Tokens over data and fsdp by rows, over tp along the row; the vocabulary over fsdp and tp.
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("softcap", [30.0, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 4}, {"tp": 4}, {"fsdp": 2, "tp": 2}, {"data": 2, "fsdp": 2}, {"data": 2, "tp": 2}], ids=str
 )

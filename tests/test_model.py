@@ -175,7 +175,7 @@ def test_the_future_has_no_influence(tiny):
 # --- the cache ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capacity", [32, 40])
+@pytest.mark.parametrize("capacity", [pytest.param(32, marks=pytest.mark.slow), 40])
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(tiny, capacity):
     """Row 1 begins nine steps after row 0, so that both rings wrap, each row's elsewhere; the window is 8."""
     model, late = load(tiny(**SMALL)), 9

@@ -171,7 +171,7 @@ def test_a_plan_takes_auto_as_train_does():
 @pytest.mark.parametrize("on, overrides", [
     ("v5p-8", ["train.batch_size=16", "train.remat=[q,k,v,attention,o,gate,up,down,lora_h]"]),
     ("v5e-8", ["mesh.fsdp=8", "train.batch_size=8"]),
-    ("v5p-8", ["train.batch_size=1024"]),
+    pytest.param("v5p-8", ["train.batch_size=1024"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_is_advised_fits_when_it_is_done(on, overrides):
     made = analytic(*overrides, on=on)

@@ -158,6 +158,7 @@ def test_other_numbers_seeds_and_stop_tokens_compile_nothing_new(model, drawn):
         assert asked.stats.programs == {"prefill": 1, "decode": 1}
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_what_else_is_asked_for(model, drawn):
     settings = Settings(max_new_tokens=NEW, temperature=2.0, top_k=900, seed=5)
     asked = [SHORT[3], PROMPTS[5], SHORT[1], SHORT[1], SHORT[1]]
