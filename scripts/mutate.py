@@ -42,7 +42,7 @@ TESTS = {
     "data/template.py": "template",
     "adapter/lora.py": "lora adapters_peft",
     "adapter/lowrank.py": "lowrank adapters_peft",
-    "gemma/projection.py": "lora model",
+    "gemma/projection.py": "lora model quantise",
     "gemma/attention.py": "attention",
     "gemma/mesh.py": "mesh loss",
     "gemma/weights.py": "weights",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.step import loss as loss_module
 from gemma_tpu.step.loss import cross_entropy
 
 T, D, V = 23, 12, 37
@@ -159,3 +160,11 @@ def test_on_a_mesh_the_loss_and_its_gradients_are_those_of_one_device(sizes, row
     np.testing.assert_allclose(alone, want, rtol=1e-6)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(grad, want_grad, atol=3e-5)
+
+
+@pytest.mark.parametrize(("vocab", "tokens", "wanted"), [
+    (262_144, 16_384, 1024), (65_536, 16_384, 4096), (1_000, 100_000, 4096), (300_000, 50_000, 768), (10**8, 999, 128),
+    (1_000, 96, 96),
+])  # fmt: skip
+def test_a_chunk_is_as_many_whole_tiles_of_tokens_as_its_logits_have_room_for(vocab, tokens, wanted):
+    assert loss_module._chunk(vocab, tokens, None) == wanted

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import fsspec
@@ -338,3 +339,15 @@ def test_the_record_names_everything_that_a_merge_needs(whole_run, base32):
     assert record["base"]["folder"] == str(base32)
     assert record["config"]["lora"]["rank"] == 4 and record["version"] == gemma_tpu.__version__
     assert json.dumps(record), "plain data"
+
+
+def test_onto_dequantised_every_weight_is_seen_in_the_blocks_of_its_own_inputs(base32):
+    arch = architecture(open_checkpoint(base32))
+    trained = adapters.Trained(base32, 1, {"config": {"model": {"quantise": "nf4"}}}, {})
+    found = merging._onto_dequantised(trained, arch, {})
+    assert set(found) == {entry.hf for entry in weights.lora_entries(arch).values()}
+    for hf, one in found.items():
+        layer, module = int(hf.split("layers.")[1].split(".")[0]), hf.split(".")[-2]
+        head = DIMS["head_dim"] if (layer + 1) % PERIOD else DIMS["global_head_dim"]
+        width = {"down_proj": DIMS["mlp"], "o_proj": head}.get(module, DIMS["hidden"])  # a block lies in one head
+        assert one.quantised == ("nf4", math.gcd(64, width)), hf
