@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_tpu import config as configs
+from gemma_tpu import plain
 from gemma_tpu.config import KEYS, Config, differences, from_dict, load, to_dict, to_yaml
 from gemma_tpu.errors import UserError
 from gemma_tpu.schema import DataConfig, LoraConfig, MeshConfig, TrainConfig
@@ -335,3 +336,10 @@ def test_a_hundred_mistakes_are_a_message_that_one_can_read():
         load("tiny_cpu.yaml", [f"data.nothing_{number}=1" for number in range(99)])
     said = str(error.value)
     assert "99 problems" in said and said.endswith("… and 79 more") and len(said) < 6000
+
+
+def test_a_file_of_more_than_settings_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "long.yaml"
+    file.write_text(f"# {'x' * plain.YAML_LARGEST}\n")
+    with pytest.raises(UserError, match="characters are no settings; at most 262,144 are read"):
+        load(file)

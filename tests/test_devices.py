@@ -15,6 +15,9 @@ from gemma_tpu.hardware import devices
 def test_a_tpu_library_is_not_asked_where_no_accelerator_is(monkeypatch, installed, there, given, wanted):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed and name == "libtpu")
     monkeypatch.setattr(devices, "accelerators", lambda: there)
+    told = []  # JAX, which has been imported and has read its environment
+    monkeypatch.setitem(sys.modules, "jax", sys)
+    monkeypatch.setattr(devices, "cpu", lambda: told.append("cpu"))
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.delenv("JAX_PLATFORMS")
     if given:
@@ -23,3 +26,4 @@ def test_a_tpu_library_is_not_asked_where_no_accelerator_is(monkeypatch, install
     found = os.environ.get("JAX_PLATFORMS")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # what quiet() set goes with the patches
     assert found == wanted
+    assert told == (["cpu"] if wanted == "cpu" else [])

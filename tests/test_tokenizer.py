@@ -186,6 +186,11 @@ def test_stop_ids_come_from_the_generation_config_else_from_eos_and_end_of_turn(
 
 
 REFUSED = {
+    "much text before the answer that the prompt lacks": (
+        BARE.replace("{{ m.content", "{% if m.role == 'assistant' %}" + 9000 * "x" + "{% endif %}{{ m.content"),
+        turns("q", "A"),
+        r"the chat template writes 'x{60}…' before the answer",
+    ),
     "text before the answer that the prompt lacks": (
         BARE.replace("{{ m.content", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content"),
         turns("q", "A"),

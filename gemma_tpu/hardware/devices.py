@@ -19,8 +19,10 @@ def quiet() -> None:
     """Libraries below the level of an error stay silent; what a user must know, this package says itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA and TensorFlow: errors only
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if importlib.util.find_spec("libtpu") and not accelerators():
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it complains to stderr where it finds no TPU, for seconds
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not accelerators():
+        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu complains to stderr where it finds no TPU, for seconds
+        if "jax" in sys.modules:  # a recipe has imported it, and it has read its environment
+            cpu()
     for name in ("jax", "orbax", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A save that fails, Orbax raises, and logs once more from each of its threads with a traceback.

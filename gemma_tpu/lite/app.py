@@ -125,7 +125,7 @@ class Answer(Response):
             else:
                 await self._whole(scope, receive, send)
         except ClientDisconnect:
-            pass
+            pass  # nobody is left to answer; what it asked for is taken back below
         finally:
             watch.cancel()
             left = [ask for ask in self._asks if not ask.over]
