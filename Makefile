@@ -11,7 +11,7 @@ RUN ?= $(shell $(BIN)/python -c 'import sys; from gemma_tpu import cli, config; 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup plan train merge verify eval demo test test-slow test-clients coverage mutants check bench docs clean test-baseline
-.PHONY: test-wheel test-bounds test-pythons test-debian
+.PHONY: test-wheel test-bounds test-pythons test-debian test-gpu-plans
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-clients: .venv/.dev $(CLIENTS)/.transformers-5.5 $(CLIENTS)/.gguf $(CLIENTS
 test-baseline: .venv/.dev $(CLIENTS)/.trl ## the GPU baseline's losses against ours, by TRL, on this CPU
 	GEMMA_TPU_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest -m slow tests/test_baseline.py $(ARGS)
 
+test-gpu-plans: .venv/.dev $(CLIENTS)/.cuda ## plans for GPUs by XLA's own compiler: JAX's CUDA plugin (0.4 GB), no GPU
+	PYTHONPATH=$(abspath $(CLIENTS)/cuda) $(BIN)/pytest -m slow -s tests/test_gpus.py $(ARGS)
+
 test-wheel: .venv/.dev ## the wheel as a user installs it: far from the checkout, without torch
 	GEMMA_TPU_REGISTRY=1 $(BIN)/pytest -m slow tests/test_wheel.py $(ARGS)
 
@@ -86,6 +89,11 @@ $(CLIENTS)/.transformers-5.5:
 $(CLIENTS)/.trl:
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CLIENTS)/trl \
 	  'trl==1.16.*' 'datasets==5.*' dill multiprocess xxhash 'pandas>=3'
+	@touch $@
+
+$(CLIENTS)/.cuda:
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(CLIENTS)/cuda \
+	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{one}=={jax.__version__}" for one in ("plugin", "pjrt")))')
 	@touch $@
 
 $(CLIENTS)/.gguf:

@@ -57,7 +57,7 @@ class Step:
 
 def finished(folder: Path) -> bool:
     """Both the schedule and the memory report are there, and grow no more."""
-    files = [*folder.glob(compiling.SCHEDULE), *folder.glob(compiling.MEMORY)]
+    files = [*folder.glob(compiling.SCHEDULES[0]), *folder.glob(compiling.MEMORY)]
     if len(files) < 2:
         return False
     before = [path.stat().st_size for path in files]

@@ -75,10 +75,6 @@ def test_every_figure_has_a_source_and_a_date():
         assert all(source.text and source.date for source in chip.sources.values()), chip.name
 
 
-def test_gpus_are_not_for_the_tpu_compiler():
-    assert chips.find("h100x8").compiler_name is None
-
-
 @pytest.mark.parametrize("name, said", [
     ("v5p-12", ["v5p-8 (4 chips, 2x2x1)", "v5p-16 (8 chips, 2x2x2)", "N counts cores, 2 to a chip"]),
     ("v6e-6", ["v6e-4 (4 chips, 2x2)", "v6e-8 (8 chips, 2x4)", "v6e-N: N counts chips"]),

@@ -10,10 +10,11 @@ from gemma_tpu.hardware import devices
 
 
 @pytest.mark.parametrize("installed, there, given, wanted", [
-    (True, "", None, "cpu"), (True, "/dev/accel0", None, None), (False, "", None, None), (True, "", "proxy", "proxy"),
+    ("libtpu", "", None, "cpu"), ("libtpu", "/dev/accel0", None, None), (None, "", None, None),
+    ("libtpu", "", "proxy", "proxy"), ("jax_plugins", "", None, "cpu"), ("jax_plugins", "/dev/nvidia0", None, None),
 ])  # fmt: skip
-def test_a_tpu_library_is_not_asked_where_no_accelerator_is(monkeypatch, installed, there, given, wanted):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed and name == "libtpu")
+def test_an_accelerators_library_is_not_asked_where_none_is(monkeypatch, installed, there, given, wanted):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name.split(".")[0] == installed)
     monkeypatch.setattr(devices, "accelerators", lambda: there)
     told = []  # JAX, which has been imported and has read its environment
     monkeypatch.setitem(sys.modules, "jax", sys)

@@ -29,3 +29,4 @@ def test_a_cpu_gets_its_own_and_a_tpu_those_of_its_platform_and_mesh():
     assert flags.for_mesh(mesh_of("cpu", "cpu", fsdp=4)) == {YNN: "LIBRARY_FUSION_TYPE_DOT"}
     assert flags.for_mesh(mesh_of("tpu", "TPU v5", fsdp=4)) == {PERMUTES: 2, USERS: True}
     assert flags.for_mesh(mesh_of("tpu", "TPU v5", fsdp=2, tp=2)) == {PERMUTES: 2}
+    assert flags.for_mesh(mesh_of("tpu", "TPU v6 lite", fsdp=8)) == {PERMUTES: 2}

@@ -31,10 +31,10 @@ def listed(text: str) -> list[str]:
 # A module imports only from those above it, and from those to its left.
 ORDER = listed("""
     errors assets plain schema config overlay
-    hardware: chips clouds prices devices distributed torus
+    hardware: gpus chips clouds prices devices distributed torus
     storage: ahead retry remote hub sources transfer header shards staging stage layout destination hub_cache
-    gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention projection experts kv_cache
-        model sites loading
+    gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention ragged projection experts
+        kv_cache model sites loading
     run: runs metrics checkpoint
     pages: columns page report comparison comparison_page
     adapter: lowrank updates peft_folder lora start adapters tunix
@@ -65,7 +65,7 @@ ORDER = listed("""
 # What `--help`, a wrong path and the data tools load: seconds would pass before the first word with JAX in it.
 WITHOUT_JAX = listed("""
     errors assets plain schema config overlay
-    hardware: chips clouds prices devices distributed torus
+    hardware: gpus chips clouds prices devices distributed torus
     storage: ahead retry remote hub sources transfer header shards staging stage layout destination hub_cache
     gemma: variants hf_config weights quantise sizes
     run: runs metrics

@@ -1,4 +1,4 @@
-"""How long a collective takes on the links of a slice.
+"""How long a collective takes on the links of a slice, or through the switch between GPUs.
 
 A slice is a grid of chips; each neighbour is one link, used in both directions at once, and an axis of the grid
 closes to a ring only where the hardware has the wrap-around link. The time of a collective is the busiest directed
@@ -44,6 +44,11 @@ class Grid:
         self.link_gbs = place.chip.link_gbs
         self.kept: frozenset[Link] | None = None
         self._loads: dict[Transfer, dict[Link, float]] = {}
+
+    @property
+    def told(self) -> str:
+        wraps = ", ".join("ring" if wrap else "open" for wrap in self.wrap[: len(self.dims)])
+        return f"chips as {'x'.join(map(str, self.dims))}, axes {wraps}"
 
     def keep_distinct(self, transfers: Collection[Transfer]) -> None:
         """Of links that carry the same in each of these collectives, look at one: exact, and fast on large slices."""
@@ -149,6 +154,24 @@ class Grid:
             for link in self.route(here, there):
                 share[link] += 1.0
         return share
+
+
+class Switch:
+    """The GPUs of one machine: each has a way of its own to all others, and collectives at once share it."""
+
+    def __init__(self, place: Slice):
+        self.bandwidth = place.chip.links * place.chip.link_gbs * 1e9  # of one GPU, one direction
+
+    @property
+    def told(self) -> str:
+        return f"a switch, {self.bandwidth / 1e9:g} GB/s a GPU in each direction"
+
+    def keep_distinct(self, transfers: Collection[Transfer]) -> None:
+        """There is one way to look at."""
+
+    def loads(self, transfer: Transfer) -> dict[Link, float]:
+        alone = all(len(group) < 2 for group in transfer.groups) and all(start == end for start, end in transfer.pairs)
+        return {} if alone else {(0, 0): transfer.bytes / self.bandwidth}
 
 
 def wraps(dims: tuple[int, ...]) -> tuple[bool, ...]:

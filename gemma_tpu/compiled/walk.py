@@ -20,6 +20,7 @@ from gemma_tpu.compiled.work import Works, shapes_of
 from gemma_tpu.hardware.chips import Slice
 
 SCHEDULE = "*after_optimizations_after_buffer_assignment.txt"
+GPU_SCHEDULE = "*gpu_after_optimizations.txt"
 CODEGEN = "*after_codegen.txt"  # the same schedule after code generation, with the compiler's cycles
 HOST_GBS = 16.0  # one chip's share of the way to the host's memory, one direction
 HOST_LINK = "host"
@@ -35,6 +36,15 @@ ASSUMPTIONS = (
     "collectives on the links at the same time share each link equally; what they read and write in HBM beside "
     "compute is not counted",
     "of a loop the first turn and a second are walked; the second stands for all that follow",
+)
+GPU_ASSUMPTIONS = (
+    "each instruction takes the larger of FLOPs over peak and bytes over the memory's bandwidth: products at the full "
+    "dense peak of the datasheet, which none reaches, each operand read once from memory and nothing from a cache, no "
+    "time for vector work or for starting a kernel",
+    "float32 products take 1 pass at the default precision, 3 at high, 6 at highest",
+    "collectives go through a switch, each GPU at its full rate in each direction; at the same time they share it; the "
+    "cores that they take from compute are not counted",
+    ASSUMPTIONS[-1],
 )
 
 
@@ -70,7 +80,7 @@ def walk(files: Path | Sequence[Path], place: Slice, clock_ghz: float | None = N
     module = hlo.load(main)
     clock = clock_ghz or CLOCK_GHZ.get(place.chip.name)
     works = Works(module, place, clock)
-    grid = links.Grid(place.each, *physical(main))  # of several slices the program is that of one
+    grid = _grid(place, main)
     grid.keep_distinct(works.transfers())
     walker = Walker(module, place, works, grid)
     found = walker.walk()
@@ -86,12 +96,19 @@ def walk(files: Path | Sequence[Path], place: Slice, clock_ghz: float | None = N
 def schedule(files: Path | Sequence[Path]) -> Path:
     """The text of the main module: with cycles if there is one, the largest where helper modules lie beside it."""
     if isinstance(files, Path):
-        found = [files] if files.is_file() else list(files.glob(CODEGEN)) or list(files.glob(SCHEDULE))
+        patterns = (CODEGEN, SCHEDULE, GPU_SCHEDULE)
+        found = [files] if files.is_file() else next(filter(None, (list(files.glob(one)) for one in patterns)), [])
     else:
         found = list(files)
     if not found:
         raise FileNotFoundError(f"{files}: no {SCHEDULE} in it; compile with xla_dump_to and xla_dump_hlo_as_text")
     return max(found, key=lambda path: path.stat().st_size)
+
+
+def _grid(place: Slice, main: Path) -> links.Grid | links.Switch:
+    if place.chip.kind == "gpu":
+        return links.Switch(place)
+    return links.Grid(place.each, *physical(main))  # of several slices the program is that of one
 
 
 def physical(main: Path) -> tuple[tuple[bool, ...] | None, tuple[int, ...] | None]:
@@ -119,7 +136,9 @@ def _rendezvous(each: Instruction) -> tuple[str, str]:
 class Walker:
     """One walk over one module."""
 
-    def __init__(self, module: Module, place: Slice, works: Works, grid: links.Grid, by_cycles: bool = False):
+    def __init__(
+        self, module: Module, place: Slice, works: Works, grid: links.Grid | links.Switch, by_cycles: bool = False
+    ):
         self.module, self.place, self.works, self.grid, self.by_cycles = module, place, works, grid, by_cycles
         self.time = Timeline()
         self.has_cycles = False
@@ -132,12 +151,12 @@ class Walker:
     def walk(self) -> Walk:
         self._computation(self.module.entry, 1, {})
         chip = self.place.chip
-        wraps = ", ".join("ring" if wrap else "open" for wrap in self.grid.wrap[: len(self.grid.dims)])
         told = [
             f"peaks of one device of {self.place}: {chip.device_bf16_tflops:g} bf16 TFLOP/s, "
             f"{chip.device_hbm_gbs:g} GB/s HBM, {chip.link_gbs:g} GB/s one link, one direction",
-            f"links: chips as {self.place.topology}, axes {wraps}",
+            f"links: {self.grid.told}",
         ]
+        assumed = GPU_ASSUMPTIONS if chip.kind == "gpu" else ASSUMPTIONS
         unknown = self.works.unknown + self.unknown
         return Walk(
             seconds=self.time.now,
@@ -147,7 +166,7 @@ class Walker:
             hbm_bytes=self.bytes,
             collective_bytes=self.links,
             costs=sorted(self.costs.values(), key=lambda cost: -cost.seconds),
-            assumptions=[*told, *ASSUMPTIONS, *self.works.assumptions, *self.assumptions],
+            assumptions=[*told, *assumed, *self.works.assumptions, *self.assumptions],
             unknown=[f"{name}: {count}" for name, count in unknown.items()],
         )
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 from gemma_tpu.gemma import quantise
 from gemma_tpu.gemma.mesh import gathered
+from gemma_tpu.gemma.ragged import ragged
 from gemma_tpu.gemma.remat import named
 
 STACK = "C"
@@ -176,7 +177,7 @@ class ExpertProjection(Linear):
         self.w = shaped(Base, (repeats, *shape), dtype, ("layers", "experts", None, None))
 
     def __call__(self, x_tI: jax.Array, sizes_E: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y_tO = _ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
+        y_tO = ragged(x_tI, self.weight(x_tI.dtype), sizes_E)
         if (adapter := self.adapter) is None:
             return y_tO
         a, b = adapter
@@ -187,8 +188,8 @@ class ExpertProjection(Linear):
         return y_tO
 
     def _low_rank(self, x_tI: jax.Array, a_ERI: jax.Array, b_EOR: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        h_tR = named(_ragged(x_tI, a_ERI.astype(x_tI.dtype), sizes_E), "lora_h")
-        return _ragged(h_tR, self._scaled(b_EOR).astype(x_tI.dtype), sizes_E)
+        h_tR = named(ragged(x_tI, a_ERI.astype(x_tI.dtype), sizes_E), "lora_h")
+        return ragged(h_tR, self._scaled(b_EOR).astype(x_tI.dtype), sizes_E)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -222,16 +223,6 @@ def _both(a: LoRA | None, b: LoRA | None) -> tuple[LoRA, LoRA] | None:
 def _gathered(adapter: LoRA, value: jax.Array) -> jax.Array:
     """What was made of one layer of an adapter tensor, with the dims of that, whole."""
     return gathered(value, adapter.get_metadata()["axes"][1:])
-
-
-# Contracts "in" where the weight has it, last: `ragged_dot` would want a transposed copy of every expert.
-_ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
-)
-
-
-def _ragged(x_tI: jax.Array, w_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(x_tI, w_EOI, sizes_E, _ROWS_BY_EXPERT)
 
 
 def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

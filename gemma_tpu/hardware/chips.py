@@ -17,6 +17,7 @@ from typing import Any
 from gemma_tpu import plain
 from gemma_tpu.assets import resolve
 from gemma_tpu.errors import UserError
+from gemma_tpu.hardware import gpus
 
 VARIABLE = "GEMMA_TPU_HARDWARE"
 
@@ -92,8 +93,10 @@ class Slice:
 
     @property
     def compiler_name(self) -> str | None:
-        """What the TPU compiler calls it, each of several; None for GPUs, which it does not compile for."""
-        return f"{self.chip.name}:{self.topology}" if self.chip.kind == "tpu" else None
+        """What to ask the compiler for: each of several, or a machine's GPUs; None for what it cannot be told of."""
+        if self.chip.kind == "gpu" and not gpus.known(self.chip.name):
+            return None
+        return f"{self.chip.name}:{self.topology}"
 
     @property
     def usd(self) -> float | None:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.hardware import gpus
 
 
 def quiet() -> None:
     """Libraries below the level of an error stay silent; what a user must know, this package says itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA and TensorFlow: errors only
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not accelerators():
-        os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu complains to stderr where it finds no TPU, for seconds
+    foreign = importlib.util.find_spec("libtpu") or gpus.installed()
+    if "JAX_PLATFORMS" not in os.environ and foreign and not accelerators():
+        os.environ["JAX_PLATFORMS"] = "cpu"  # these complain to stderr where they find no accelerator, for seconds
         if "jax" in sys.modules:  # a recipe has imported it, and it has read its environment
             cpu()
     for name in ("jax", "orbax", "grain", "etils"):

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a train step. It is kept, so that the same step is compiled once: a sweep of an hour
+"""What the compiler says of a train step. It is kept, so that the same step is compiled once: a sweep of an hour
 that is interrupted goes on where it was.
 
 The key is everything that the answer depends on: the request to the compiler, the chip's figures, the versions of
@@ -26,6 +26,8 @@ from gemma_tpu.hardware.chips import Slice
 from gemma_tpu.run import runs
 
 VARIABLE = "GEMMA_TPU_PLANS"
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}  # by kind of chip, those that hold one
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ def _file(request: dict[str, Any], place: Slice, full: bool) -> Path:
 
 
 def _versions() -> list[str]:
-    installed = {one: metadata.distributions(name=one) for one in ("jax", "jaxlib", "libtpu", "flax", "optax")}
+    installed = {one: metadata.distributions(name=one) for one in (*PACKAGES, *COMPILERS["tpu"], *COMPILERS["gpu"])}
     return [f"{name} {one.version}" for name, found in installed.items() for one in found]
 
 
-def compiler() -> str:
+def compiler(place: Slice) -> str:
     """Its schedules differ from version to version."""
-    return next((one for one in _versions() if one.startswith("libtpu ")), "no libtpu")
+    names = COMPILERS[place.chip.kind]
+    return next((one for one in _versions() if one.split()[0] in names), f"no {names[0]}")
 
 
 @cache

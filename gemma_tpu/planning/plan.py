@@ -1,6 +1,6 @@
 """The plan of a config on a slice: whether it fits, how fast it will be, what it costs, what limits it.
 
-Analytic by arithmetic, or by the TPU compiler's own schedule of the very step that `train` runs. Every figure is a
+Analytic by arithmetic, or by the chip's own compiler's schedule of the very step that `train` runs. Every figure is a
 prediction; a calibration by a real run corrects the time.
 """
 
@@ -16,6 +16,7 @@ from gemma_tpu.compiled.walk import Walk
 from gemma_tpu.errors import UserError
 from gemma_tpu.estimate import advice, budget, roofline
 from gemma_tpu.estimate.budget import MeshChoice
+from gemma_tpu.hardware import gpus
 from gemma_tpu.hardware.chips import Slice
 from gemma_tpu.planning import calibration, compilation
 from gemma_tpu.planning.calibration import Calibration
@@ -28,7 +29,7 @@ from gemma_tpu.step.job import Job, placed
 if TYPE_CHECKING:
     from gemma_tpu.gemma.mesh import HeadRow
 
-ANALYTIC = 0.10  # how far the analytic memory may be from the compiler's
+ANALYTIC = {"tpu": 0.10, "gpu": 0.20}  # how far the analytic memory may be from the compiler's
 WORTH = 1.02  # how much faster a suggestion must be to be made
 UNKNOWN_STEPS = 1000  # of the learning rate's schedule, where nothing tells how long the run is
 
@@ -147,13 +148,22 @@ def make(
     compiled: bool = True, full: bool = False, dump: Path | None = None, say: Callable[[str], None] = print,
     suggest: bool = True,
 ) -> Plan:  # fmt: skip
-    """The plan of a config; with `compiled`, by asking the TPU compiler, whose dumps go to `dump`."""
+    """The plan of a config; with `compiled`, by asking the chip's compiler, whose dumps go to `dump`."""
     plan = _analytic(config, source, place, subject, workload)
-    if compiled and place.compiler_name is None:
-        say(f"note: {place.name} is a GPU, which the TPU compiler knows nothing of: analytic alone")
+    if compiled and place.chip.kind == "gpu" and (why := _no_compiler(place, full)):
+        say(f"note: {place.name} is planned by arithmetic alone: {why}")
     elif compiled:
         plan = _corrected(replace(plan, compilation=_compile(plan, dump, full, say), full=full))
     return replace(plan, options=tuple(_options(plan))) if suggest else plan
+
+
+def _no_compiler(place: Slice, full: bool) -> str:
+    """Why no compiler is asked of these GPUs; nothing where one can be."""
+    if place.compiler_name is None:
+        return f"XLA's compiler cannot be told of a {place.chip.name} that is not here"
+    if not gpus.installed():
+        return "XLA's compiler for GPUs comes with JAX's CUDA plugin: pip install 'gemma_tpu[cuda]'"
+    return "--full asks for a TPU compiler's cycles, which no GPU's compiler has; leave it out" if full else ""
 
 
 def _corrected(plan: Plan) -> Plan:
@@ -223,8 +233,9 @@ def _compile(plan: Plan, dump: Path | None, full: bool, say: Callable[[str], Non
         say(f"the train step for {plan.place.name} as the compiler had it on {known.kept} ({compilation.folder()})")
         return known
     with _folder(dump) as folder:
-        say(f"compiling the train step for {plan.place.name} by the TPU compiler on this machine "
-            f"({compilation.compiler()}) ...")  # fmt: skip
+        whose = "XLA's GPU" if plan.place.chip.kind == "gpu" else "the TPU"
+        say(f"compiling the train step for {plan.place.name} by {whose} compiler on this machine "
+            f"({compilation.compiler(plan.place)}) ...")  # fmt: skip
         return compilation.compile_step(request, plan.place, folder, full, say)
 
 

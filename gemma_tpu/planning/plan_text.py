@@ -89,9 +89,10 @@ def _heads(plan: Plan) -> list[str]:
 def verdict(plan: Plan) -> str:
     peak, limit = gib(plan, plan.peak_gib), gib(plan, plan.limit_gib)
     fits = "fits" if plan.fits else "DOES NOT FIT"
-    source = f"by arithmetic, to about {ANALYTIC:.0%}" if plan.compilation is None else "by the compiler's word"
+    about = ANALYTIC[plan.place.chip.kind]
+    source = f"by arithmetic, to about {about:.0%}" if plan.compilation is None else "by the compiler's word"
     said = f"{fits}: peak {peak:.1f} of {limit:.2f} GiB a chip, {source}"
-    if plan.compilation is None and abs(plan.peak_gib - plan.limit_gib) < ANALYTIC * plan.limit_gib:
+    if plan.compilation is None and abs(plan.peak_gib - plan.limit_gib) < about * plan.limit_gib:
         said += "; too close to tell: plan without --fast"
     elif plan.fits and plan.peak_gib > (1 - HEADROOM) * plan.limit_gib:
         said += f"; less than {HEADROOM:.0%} free, where XLA begins to recompute on its own account"

@@ -46,7 +46,7 @@ class Row:
 
     @property
     def basis(self) -> str:
-        """Of a GPU no compiler was asked: it is marked as the roofline that it is."""
+        """Of GPUs a sweep asks no compiler: they are marked as the roofline that they are."""
         if self.place.chip.kind == "gpu":
             return "roofline"
         return self.plan.basis if self.plan else "analytic"
@@ -81,7 +81,7 @@ def _row(
     if best is None:
         return Row(place, None, _least(model, job, place))
     chosen = advice.apply(config, best.job)
-    compiled = compiled and place.compiler_name is not None
+    compiled = compiled and place.chip.kind == "tpu"
     try:
         made = plan.make(chosen, source, place, model, load, compiled=compiled, dump=dump, say=say, suggest=False)
     except RunError as error:

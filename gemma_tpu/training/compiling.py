@@ -1,4 +1,5 @@
-"""Compile a config's train step for a slice that is not there, by the real TPU compiler, on this machine's CPU.
+"""Compile a config's train step for a slice that is not there, by the real compiler, on this machine's CPU: that of
+libtpu for TPUs, XLA's in JAX's CUDA plugin for GPUs.
 
 The compiler runs in a child process that dumps what it does. Memory and schedule are on disk long before machine
 code is: code generation is 90 % of the time, so the child is ended as soon as the dump that matters is complete.
@@ -18,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError, UserError
+from gemma_tpu.hardware import chips, gpus
 from gemma_tpu.step.job import Policy
 
-SCHEDULE = "*train_step*after_optimizations_after_buffer_assignment.txt"
+SCHEDULES = ("*train_step*after_optimizations_after_buffer_assignment.txt", "*train_step*gpu_after_optimizations.txt")
 MEMORY = "*train_step*memory-usage-report.txt"
 _OOM = re.compile(r"total memory required[^(]*\(([0-9.]+)([KMG])\) exceeds available HBM \(([0-9.]+)([KMG])\)")
 _LOG = "--dump DIR keeps its log"
 _UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0}
-# Libtpu looks for a TPU, a metadata server and a lock file unless it is told that none of them matters.
+# Libtpu looks for a TPU, a metadata server and a lock file unless it is told that none of them matters; JAX's CUDA
+# plugin looks for a GPU and for CUDA's libraries.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }  # fmt: skip
 
 
@@ -48,14 +51,14 @@ class Compiled:
 
     @property
     def schedule(self) -> list[Path]:
-        return sorted(self.folder.glob(SCHEDULE))
+        return _schedules(self.folder)
 
 
 def compile_for(
     config: dict[str, Any], topology: str, mesh: dict[str, int], folder: Path, *, architecture: dict[str, Any],
     remat: Policy, total_steps: int, slices: int = 1, full: bool = False, timeout: float = 3600.0,
 ) -> Compiled:  # fmt: skip
-    """Compile the train step of `config` (a plain tree) on `mesh` for `topology` ("v5p:2x2x1") into `folder`.
+    """Compile the train step of `config` (a plain tree) on `mesh` for `topology` ("v5p:2x2x1", "h100:8") into `folder`.
 
     `slices`: so many of it, joined by the data-centre network. `architecture` is a checkpoint's config.json.
     Without `full` it ends where memory and schedule are known.
@@ -92,11 +95,15 @@ def compile_for(
 def _schedule_is_written(folder: Path) -> bool:
     """The memory report is the last of the files that are needed, and a file is complete when it stays as it is."""
     reports = sorted(folder.glob(MEMORY))
-    if not reports or not sorted(folder.glob(SCHEDULE)):
+    if not reports or not _schedules(folder):
         return False
-    sizes = [path.stat().st_size for path in [*reports, *folder.glob(SCHEDULE)]]
+    sizes = [path.stat().st_size for path in [*reports, *_schedules(folder)]]
     time.sleep(0.5)
-    return all(sizes) and sizes == [path.stat().st_size for path in [*reports, *folder.glob(SCHEDULE)]]
+    return all(sizes) and sizes == [path.stat().st_size for path in [*reports, *_schedules(folder)]]
+
+
+def _schedules(folder: Path) -> list[Path]:
+    return sorted(path for pattern in SCHEDULES for path in folder.glob(pattern))
 
 
 def _refusal(log: Path, code: int, folder: Path, seconds: float) -> Compiled:
@@ -125,6 +132,10 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of so many slices by the compiler's name for one."""
     from jax.experimental import topologies
 
+    name, _, shape = topology.partition(":")
+    if gpus.known(name):
+        chip = chips.chips()[name]
+        return gpus.devices(name, int(shape), chip.hbm_gib, chip.hbm_gbs)
     more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
     more |= {"num_slices": slices} if slices > 1 else {}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)

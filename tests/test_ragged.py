@@ -1,0 +1,65 @@
+"""Rows times the matrix of their expert: in blocks, against JAX's own form, every row times every expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_tpu.gemma import ragged
+
+SIZES = {
+    "all to one": [0, 40, 0], "none to some": [0, 17, 0, 0, 3], "one each": [1, 1, 1], "nobody": [0, 0],
+    "whole blocks": [16, 16, 8], "rows beyond": [5, 9], "one expert": [40],
+}  # fmt: skip
+
+
+def both(sizes, rows=40, inside=6, out=5, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(len(sizes)), 3)
+    x = jax.random.normal(keys[0], (rows, inside), dtype)
+    w = jax.random.normal(keys[1], (len(sizes), out, inside), dtype)
+    dy = jax.random.normal(keys[2], (rows, out), dtype)
+    sizes = jnp.array(sizes, jnp.int32)
+    found = []
+    for form in (ragged.ragged, lambda x, w, s: jax.lax.ragged_dot_general(x, w, s, ragged._ROWS_BY_EXPERT)):
+        y, back = jax.vjp(lambda x, w, form=form: form(x, w, sizes), x, w)
+        found.append([np.asarray(one, np.float64) for one in (y, *back(dy))])
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_blocks_give_what_every_row_by_every_expert_gives_and_its_gradients(sizes):
+    for ours, theirs in zip(*both(sizes), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+    y = both(sizes)[0][0]
+    assert not y[sum(sizes) :].any()
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 25))
+@settings(max_examples=25, deadline=None)
+def test_any_split_of_the_rows_is_multiplied_right(sizes, beyond):
+    for ours, theirs in zip(*both(sizes, rows=max(1, sum(sizes) + beyond)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6, rtol=0)
+
+
+def test_a_block_is_about_what_an_expert_has_and_bounded():
+    assert [ragged.block_rows(*of) for of in ((40960, 16), (32768, 128), (8, 128), (100, 8), (1, 1))] == [
+        512, 256, 8, 16, 8]  # fmt: skip
+
+
+def test_the_work_does_not_grow_with_the_number_of_experts():
+    def flops(experts: int) -> float:
+        shapes = (jax.ShapeDtypeStruct(of, jnp.float32) for of in ((4096, 64), (experts, 32, 64)))
+        sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+        return jax.jit(ragged.ragged).lower(*shapes, sizes).compile().cost_analysis()["flops"]
+
+    assert flops(32) < 2.5 * flops(2)
+
+
+@pytest.mark.parametrize("backend, one_instruction", [("tpu", True), ("gpu", False), ("cpu", False)])
+def test_a_tpu_has_an_instruction_for_it(monkeypatch, backend, one_instruction):
+    monkeypatch.setattr(ragged, "platform", lambda: backend)
+    given = jnp.ones((8, 4)), jnp.ones((2, 3, 4)), jnp.array([5, 3])
+    text = str(jax.make_jaxpr(lambda *given: ragged.ragged(*given))(*given))
+    assert ("ragged_dot_general" in text) == one_instruction
