@@ -18,8 +18,8 @@ EXAMPLE = "gemma-tpu plan configs/gemma4_31b_v5p8_fast.yaml --on v5p-8 --html pl
 def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file; may be left out with --calibrate")
     one.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="e.g. train.remat=auto")
-    one.add_argument("--on", metavar="SLICE", help="e.g. v5p-8 (4 chips), 2xv5p-8 (two of them); else the devices "
-                     "here, or the config's name")  # fmt: skip
+    one.add_argument("--on", metavar="SLICE", help="e.g. v5p-8 (4 chips), 2xv5p-8 (two of them), h100x8; else the "
+                     "devices here, or the config's name")  # fmt: skip
     one.add_argument("--fast", action="store_true", help="by arithmetic alone, in seconds")
     one.add_argument("--full", action="store_true", help="with code generation, for the compiler's cycles (minutes)")
     one.add_argument("--dump", metavar="DIR", type=Path, help="keep what the compiler writes, in a new folder")
