@@ -28,3 +28,15 @@ def test_an_accelerators_library_is_not_asked_where_none_is(monkeypatch, install
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # what quiet() set goes with the patches
     assert found == wanted
     assert told == (["cpu"] if wanted == "cpu" else [])
+
+
+@pytest.mark.parametrize("given, wanted", [
+    ({}, {"XLA_CLIENT_MEM_FRACTION": "0.94"}),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+])  # fmt: skip
+def test_a_run_may_take_most_of_a_gpu_unless_the_user_says_how_much(monkeypatch, given, wanted):
+    monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": "cpu", **given})
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    devices.quiet()
+    assert {name: value for name, value in os.environ.items() if "MEM_FRACTION" in name} == wanted

@@ -423,7 +423,7 @@ def test_what_the_compiler_said_is_kept_and_it_is_not_asked_again(compilers, tmp
 def test_another_compiler_or_another_code_is_asked_anew(compilers, monkeypatch, thing):
     said: list[str] = []
     planned(said)
-    monkeypatch.setattr(compilation, thing, lambda: "other")
+    monkeypatch.setattr(compilation, thing, lambda *_: "other")
     planned(said)
     assert len(compilers) == 2
 

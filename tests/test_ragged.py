@@ -36,6 +36,26 @@ def test_blocks_give_what_every_row_by_every_expert_gives_and_its_gradients(size
     assert not y[sum(sizes) :].any()
 
 
+def test_the_gradient_of_an_experts_matrix_is_summed_in_float32():
+    sizes = jnp.array([3000, 0, 1000, 96], jnp.int32)
+    x, w, dy = (jax.random.normal(jax.random.key(n), of) for n, of in enumerate(((4096, 64), (4, 8, 64), (4096, 8))))
+
+    x, dy = (one.astype(jnp.bfloat16).astype(jnp.float32) for one in (x, dy))
+
+    def gradient(dtype) -> np.ndarray:
+        _, back = jax.vjp(lambda w: ragged.ragged(x.astype(dtype), w, sizes), w.astype(dtype))
+        return np.asarray(back(dy.astype(dtype))[0], np.float64)
+
+    exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
+    assert np.linalg.norm(rounded - exact) < 2e-3 * np.linalg.norm(exact)
+
+
+def test_a_token_copies_no_more_experts_than_it_has_rows():
+    shapes = [jax.ShapeDtypeStruct(of, jnp.float32) for of in ((8, 4), (128, 3, 4))]
+    text = str(jax.make_jaxpr(ragged._by_blocks)(*shapes, jax.ShapeDtypeStruct((128,), jnp.int32)))
+    assert "f32[8,3,4]" in text and "f32[129,3,4]" not in text
+
+
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 25))
 @settings(max_examples=25, deadline=None)
 def test_any_split_of_the_rows_is_multiplied_right(sizes, beyond):

@@ -63,6 +63,7 @@ def _cells(one: Any) -> tuple[str, ...]:
 
 def assumptions(wanted: Any, suits: list[Any], listed: prices.Prices) -> list[str]:
     from gemma_tpu.costs import choose, paper
+    from gemma_tpu.estimate import roofline
 
     lines = listed.sources([one.place for one in suits], choose.way(wanted))
     if wanted.where == "any" and len(lines) > 1:
@@ -79,7 +80,7 @@ def assumptions(wanted: Any, suits: list[Any], listed: prices.Prices) -> list[st
     else:
         lines += [
             "speed: by arithmetic on the best mesh, micro-batches and remat of each slice, without start-up",
-            "GPUs: a roofline of their datasheets, with shares of the peak that were fitted to TPU schedules",
+            f"GPUs: a roofline of their datasheets, with {roofline.GPU_SHARES}",
             "the only measurements to hold it to: the paper's own programs, 763 tokens/s on v5p-8 and 486 on h100x2",
         ]
     if wanted.changes == "often":

@@ -21,7 +21,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--on", metavar="SLICE", help="e.g. v5p-8 (4 chips), 2xv5p-8 (two of them), h100x8; else the "
                      "devices here, or the config's name")  # fmt: skip
     one.add_argument("--fast", action="store_true", help="by arithmetic alone, in seconds")
-    one.add_argument("--full", action="store_true", help="with code generation, for the compiler's cycles (minutes)")
+    one.add_argument("--full", action="store_true", help="with code generation, for a TPU compiler's cycles (minutes)")
     one.add_argument("--dump", metavar="DIR", type=Path, help="keep what the compiler writes, in a new folder")
     page_option(one)
     one.add_argument("--sweep", action="store_true", help="the usual slices side by side, by arithmetic")

@@ -22,7 +22,7 @@ from gemma_tpu.hardware.chips import Slice
 SCHEDULE = "*after_optimizations_after_buffer_assignment.txt"
 GPU_SCHEDULE = "*gpu_after_optimizations.txt"
 CODEGEN = "*after_codegen.txt"  # the same schedule after code generation, with the compiler's cycles
-HOST_GBS = 16.0  # one chip's share of the way to the host's memory, one direction
+HOST_GBS = {"tpu": 16.0, "gpu": 25.0}  # one chip's share of the way to the host's memory; of GPUs PCIe 4.0 x16
 HOST_LINK = "host"
 SLICE_IDS = 100_000  # the compiler numbers the devices of several slices from 100000, from 200000 and so on
 NETWORK_LINK = "network"  # to the other slices
@@ -301,8 +301,9 @@ class Walker:
         name = self.works.name(each)
         host = HOST in {shape.space for shape in (*each.shapes, *shapes_of(each, here))}
         if host:
-            self.assumptions[f"host memory: {HOST_GBS:g} GB/s a chip in one direction"] = None
-            alone = moved / (HOST_GBS * 1e9)
+            speed = HOST_GBS[self.place.chip.kind]
+            self.assumptions[f"host memory: {speed:g} GB/s a chip in one direction"] = None
+            alone = moved / (speed * 1e9)
             made = Pending(name, "host", alone, moved, self.time.send({HOST_LINK: alone}))
         else:
             alone = moved / self.works.bandwidth

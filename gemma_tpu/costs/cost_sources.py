@@ -10,7 +10,7 @@ from gemma_tpu.bench.measuring import Judge, assess
 from gemma_tpu.costs import paper
 from gemma_tpu.costs.cost import Serving, Training
 from gemma_tpu.errors import UserError
-from gemma_tpu.estimate import inference
+from gemma_tpu.estimate import inference, roofline
 from gemma_tpu.estimate.inference import Load, Server
 from gemma_tpu.gemma.variants import Architecture
 from gemma_tpu.hardware import chips
@@ -65,7 +65,7 @@ def planned(chosen: Config, source: str, place: Slice) -> Training:
     made = plan.make(advice.apply(chosen, best.job), source, place, model, load, compiled=False, suggest=False)
     how = "calibrated by a run" if made.calibration else "by arithmetic, not calibrated"
     if place.chip.kind == "gpu":
-        how += ", a GPU by its datasheet and shares of the peak that were fitted to TPU schedules"
+        how += f", a GPU by its datasheet and {roofline.GPU_SHARES}"
     told = f"{source} planned for {place.name}, {how}, without start-up; {load.told}"
     assert made.hours is not None  # the steps are known
     return Training(place, made.hours, load.tokens, False, told)

@@ -39,7 +39,7 @@ class _Blocks:
     def __init__(self, rows: int, sizes_E: jax.Array):
         experts = sizes_E.shape[0]
         self.size = block_rows(rows, experts)
-        count = rows // self.size + experts  # each expert's last block may be part full
+        count = min(rows // self.size + experts, rows)  # each expert's last block may be part full, and none is empty
         ends_E, used_E = jnp.cumsum(sizes_E), -(-sizes_E // self.size)
         starts_E, first_E = ends_E - sizes_E, jnp.cumsum(used_E) - used_E
         block_n, row_t = jnp.arange(count), jnp.arange(rows)

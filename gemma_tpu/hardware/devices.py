@@ -15,11 +15,15 @@ from typing import Any
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.hardware import gpus
 
+GPU_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # as JAX calls it, and as it did
+
 
 def quiet() -> None:
     """Libraries below the level of an error stay silent; what a user must know, this package says itself."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA and TensorFlow: errors only
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not any(name in os.environ for name in GPU_SHARE):
+        os.environ[GPU_SHARE[0]] = "0.94"  # of a GPU's memory: JAX takes 0.75 by itself, and plans are made with all
     foreign = importlib.util.find_spec("libtpu") or gpus.installed()
     if "JAX_PLATFORMS" not in os.environ and foreign and not accelerators():
         os.environ["JAX_PLATFORMS"] = "cpu"  # these complain to stderr where they find no accelerator, for seconds

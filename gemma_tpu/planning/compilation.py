@@ -94,20 +94,21 @@ def _keep(path: Path, made: Compilation, place: Slice, say: Callable[[str], None
 
 
 def _file(request: dict[str, Any], place: Slice, full: bool) -> Path:
-    asked = {"request": request, "place": repr(place), "full": full, "versions": _versions(), "code": _code()}
+    asked = {"request": request, "place": repr(place), "full": full, "versions": _versions(place), "code": _code()}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     return folder() / f"{place.name}-{key[:24]}.json"
 
 
-def _versions() -> list[str]:
-    installed = {one: metadata.distributions(name=one) for one in (*PACKAGES, *COMPILERS["tpu"], *COMPILERS["gpu"])}
+def _versions(place: Slice) -> list[str]:
+    names = (*PACKAGES, *COMPILERS[place.chip.kind])  # another chip's compiler changes nothing
+    installed = {one: metadata.distributions(name=one) for one in names}
     return [f"{name} {one.version}" for name, found in installed.items() for one in found]
 
 
 def compiler(place: Slice) -> str:
     """Its schedules differ from version to version."""
     names = COMPILERS[place.chip.kind]
-    return next((one for one in _versions() if one.split()[0] in names), f"no {names[0]}")
+    return next((one for one in _versions(place) if one.split()[0] in names), f"no {names[0]}")
 
 
 @cache

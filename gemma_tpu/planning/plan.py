@@ -79,6 +79,10 @@ class Plan:
     # --- time ---
 
     @property
+    def could_be_compiled(self) -> bool:
+        return self.place.chip.kind == "tpu" or not _no_compiler(self.place)
+
+    @property
     def walk(self) -> Walk | None:
         return self.compilation.walk if self.compilation else None
 
@@ -151,13 +155,14 @@ def make(
     """The plan of a config; with `compiled`, by asking the chip's compiler, whose dumps go to `dump`."""
     plan = _analytic(config, source, place, subject, workload)
     if compiled and place.chip.kind == "gpu" and (why := _no_compiler(place, full)):
-        say(f"note: {place.name} is planned by arithmetic alone: {why}")
+        unkept = "; --dump has nothing to keep" if dump else ""
+        say(f"note: {place.name} is planned by arithmetic alone: {why}{unkept}")
     elif compiled:
         plan = _corrected(replace(plan, compilation=_compile(plan, dump, full, say), full=full))
     return replace(plan, options=tuple(_options(plan))) if suggest else plan
 
 
-def _no_compiler(place: Slice, full: bool) -> str:
+def _no_compiler(place: Slice, full: bool = False) -> str:
     """Why no compiler is asked of these GPUs; nothing where one can be."""
     if place.compiler_name is None:
         return f"XLA's compiler cannot be told of a {place.chip.name} that is not here"

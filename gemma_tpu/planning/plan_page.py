@@ -46,7 +46,7 @@ def sweep_page(source: str, rows: Sequence[Row], load: Workload) -> str:
         Section("The table", _table(rows)),
         Section("Assumptions", page.bullets([
             load.told, "Each slice with the mesh, micro-batches and remat that are fastest on it for the same updates.",
-            "GPUs: the roofline of their datasheets, with the shares of the peak that were fitted to TPU schedules.",
+            f"GPUs: the roofline of their datasheets, with {roofline.GPU_SHARES}.",
             calibration.REFERENCE,
         ])),
     ]  # fmt: skip

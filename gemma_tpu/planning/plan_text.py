@@ -93,7 +93,7 @@ def verdict(plan: Plan) -> str:
     source = f"by arithmetic, to about {about:.0%}" if plan.compilation is None else "by the compiler's word"
     said = f"{fits}: peak {peak:.1f} of {limit:.2f} GiB a chip, {source}"
     if plan.compilation is None and abs(plan.peak_gib - plan.limit_gib) < about * plan.limit_gib:
-        said += "; too close to tell: plan without --fast"
+        said += "; too close to tell" + (": plan without --fast" if plan.could_be_compiled else "")
     elif plan.fits and plan.peak_gib > (1 - HEADROOM) * plan.limit_gib:
         said += f"; less than {HEADROOM:.0%} free, where XLA begins to recompute on its own account"
     return f"{said}\nlongest row that fits {plan.longest_sequence:,}; most rows a micro-batch {plan.largest_batch}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tpu.errors import RunError
-from gemma_tpu.estimate import advice, budget
+from gemma_tpu.estimate import advice, budget, roofline
 from gemma_tpu.hardware import chips
 from gemma_tpu.hardware.chips import Slice
 from gemma_tpu.pages.columns import table
@@ -46,8 +46,8 @@ class Row:
 
     @property
     def basis(self) -> str:
-        """Of GPUs a sweep asks no compiler: they are marked as the roofline that they are."""
-        if self.place.chip.kind == "gpu":
+        """A GPU of which no compiler was asked is marked as the roofline that it is."""
+        if self.place.chip.kind == "gpu" and (self.plan is None or self.plan.compilation is None):
             return "roofline"
         return self.plan.basis if self.plan else "analytic"
 
@@ -109,7 +109,7 @@ def _least(model: Subject, job: Job, place: Slice) -> float | None:
 def render(rows: list[Row], load: Workload) -> str:
     lines = table([HEAD, *map(cells, rows)], right=RIGHT, indent=0)
     notes = [f"note: {row.place.name}: {row.told}" for row in rows if row.told]
-    marked = "roofline: a GPU by its datasheet and the shares of the peak that were fitted to TPU schedules"
+    marked = f"roofline: a GPU by its datasheet and {roofline.GPU_SHARES}"
     return "\n".join([
         "every figure is predicted; each slice with the mesh, micro-batches and remat that are fastest on it", *lines,
         marked, f"length of the run: {load.told}", *notes,

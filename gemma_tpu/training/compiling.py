@@ -8,6 +8,7 @@ code is: code generation is 90 % of the time, so the child is ended as soon as t
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -114,6 +115,8 @@ def _refusal(log: Path, code: int, folder: Path, seconds: float) -> Compiled:
         return Compiled(folder, seconds, needs, limit)
     if "No module named 'libtpu'" in text or "libtpu.so" in text and "not found" in text:
         raise UserError("compiling for a TPU needs libtpu: pip install 'gemma-tpu[tpu]'; or plan with --fast")
+    if "topology not implemented for cuda" in text:
+        raise UserError("JAX's CUDA plugin does not load: pip install 'gemma_tpu[cuda]'; or plan with --fast")
     if code < 0:
         raise RunError(f"the compiler was ended by {signal.Signals(-code).name}: most often because this machine's "
                        f"memory was full ({_memory_gib():.0f} GiB in all); {_LOG}")  # fmt: skip
@@ -135,7 +138,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     name, _, shape = topology.partition(":")
     if gpus.known(name):
         chip = chips.chips()[name]
-        return gpus.devices(name, int(shape), chip.hbm_gib, chip.hbm_gbs)
+        return gpus.devices(name, math.prod(map(int, shape.split("x"))), chip.hbm_gib, chip.hbm_gbs)
     more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
     more |= {"num_slices": slices} if slices > 1 else {}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
