@@ -56,10 +56,10 @@ def test_a_token_copies_no_more_experts_than_it_has_rows():
     assert "f32[8,3,4]" in text and "f32[129,3,4]" not in text
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 25))
+@given(st.lists(st.integers(0, 30), min_size=4, max_size=4))  # of one shape: each is compiled anew
 @settings(max_examples=25, deadline=None)
-def test_any_split_of_the_rows_is_multiplied_right(sizes, beyond):
-    for ours, theirs in zip(*both(sizes, rows=max(1, sum(sizes) + beyond)), strict=True):
+def test_any_split_of_the_rows_is_multiplied_right(sizes):
+    for ours, theirs in zip(*both(sizes, rows=120), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-6, rtol=0)
 
 
