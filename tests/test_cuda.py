@@ -1,12 +1,13 @@
 """The step for GPUs, without one: it lowers for CUDA, and attention takes the form that it says it takes there."""
 
 import json
+import re
 
 import jax
 import pytest
 from runs_helper import run_config
 
-from gemma_tpu.gemma import attention, hf_config, loading, model, splash
+from gemma_tpu.gemma import attention, flash, hf_config, loading, model, splash
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.training import program
 
@@ -39,14 +40,31 @@ def test_the_train_step_lowers_for_cuda(base32, tmp_path, monkeypatch, remat):
 
 @pytest.mark.parametrize("backend, tokens, head_dim, form", [
     ("tpu", 256, 128, "splash"), ("tpu", 256, 512, "splash"), ("tpu", 200, 128, "blocks"), ("tpu", 256, 64, "blocks"),
-    ("gpu", 256, 128, "blocks"), ("gpu", 256, 512, "blocks"), ("cpu", 256, 128, "blocks"),
+    ("gpu", 256, 128, "flash"), ("gpu", 256, 512, "blocks"), ("gpu", 200, 128, "blocks"), ("cpu", 256, 128, "blocks"),
 ])  # fmt: skip
 def test_attention_takes_the_kernel_where_there_is_one_for_the_shape(monkeypatch, backend, tokens, head_dim, form):
     taken = []
     monkeypatch.setattr(attention, "platform", lambda: backend)
     monkeypatch.setattr(splash, "splash", lambda q, *rest, **more: taken.append("splash") or q)
+    monkeypatch.setattr(flash, "flash", lambda q, *rest, **more: taken.append("flash") or q)
     monkeypatch.setattr(attention, "_blockwise", lambda q, *rest: taken.append("blocks") or q)
-    q, kv = (jax.numpy.zeros((1, tokens, heads, head_dim)) for heads in (4, 2))
+    q, kv = (jax.numpy.zeros((1, tokens, heads, head_dim), "bfloat16") for heads in (4, 2))
     segments = jax.numpy.ones((1, tokens), int)
     attention.attention(q, kv, kv, segments, segments, scale=1.0)
     assert taken == [form]
+    exact = q.astype("float32")
+    attention.attention(exact, *(kv.astype("float32"),) * 2, segments, segments, scale=1.0)
+    assert taken[1] == ("blocks" if form == "flash" else form)  # TF32 would round it
+
+
+@pytest.mark.parametrize("head_dim, window", [(64, None), (128, 100), (256, 512)])
+def test_the_kernel_for_gpus_lowers_where_there_is_none(head_dim, window):
+    q, kv = (jax.ShapeDtypeStruct((2, 1024, heads, head_dim), "bfloat16") for heads in (4, 2))
+
+    def loss(q, k, v, segments):
+        return flash.flash(q, k, v, segments, scale=1.0, window=window).astype("float32").sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, kv, jax.ShapeDtypeStruct((2, 1024), "int32"))
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for which in ("forward", "dq", "dkv"):
+        assert len(re.findall(rf'name = "flash_{which}_\d+x\d+{f"_{window}" if window else ""}"', lowered)) == 1

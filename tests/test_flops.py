@@ -144,6 +144,26 @@ def test_splash_attention_streams_keys_and_values_for_every_block():
     assert set(back.streamed) == {2, 6}  # queries and the gradient of the output
 
 
+@pytest.mark.parametrize("name, products, blocks", [
+    ("flash_forward_128x64", 2, 2 * 16 * 17 // 2),  # 16 blocks of queries: 2, 4, … 32 blocks of keys
+    ("flash_dq_64x64", 3, 32 * 33 // 2 / 2),  # blocks of half the size
+    ("flash_dkv_64x64_512", 4, (36 + 24 * 9) / 2),  # 1 to 8, and then the window's 8 and the block's own
+])  # fmt: skip
+def test_our_kernel_for_gpus_counts_the_blocks_its_name_tells(name, products, blocks):
+    found = module(
+        f"""
+%main (q: bf16[1]) -> bf16[1] {{
+  %q = {Q.replace("8,2048", "2048,8")} parameter(0)
+  %k = bf16[2,2048,2,256] parameter(1)
+  ROOT %pallas_call.3 = {Q} custom-call(%q, %k, %k), custom_call_target="__gpu$xla.gpu.triton", """
+        f"""metadata={{op_name="jit(f)/transpose(jvp({name}))/pallas_call"}}
+}}
+"""
+    )
+    one = kernel(found.entry.root, found.entry)
+    assert one.flops == products * blocks * ONE / 32 and not one.streamed and name in one.note
+
+
 @pytest.mark.parametrize(
     "estimate, flops", [('"cost_estimate":{"flops":"4096","bytes_accessed":"1"}', 4096.0), ("", None)]
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_tpu.gemma import mesh as meshes
-from gemma_tpu.gemma import splash
+from gemma_tpu.gemma import per_device, splash
 from gemma_tpu.gemma.attention import attention
 
 B, T = 2, 256
@@ -73,4 +73,4 @@ def test_it_takes_only_what_fills_its_blocks():
     ("kv_heads", "heads", "shards", "times"), [(4, 32, 4, 1), (4, 32, 8, 2), (1, 8, 8, 8), (16, 32, 8, 1)]
 )
 def test_kv_heads_are_repeated_no_more_than_the_devices_need(kv_heads, heads, shards, times):
-    assert splash.repeats(kv_heads, heads, shards) == times
+    assert per_device.repeats(kv_heads, heads, shards) == times

@@ -33,8 +33,8 @@ ORDER = listed("""
     errors assets plain schema config overlay
     hardware: gpus chips clouds prices devices distributed torus
     storage: ahead retry remote hub sources transfer header shards staging stage layout destination hub_cache
-    gemma: variants hf_config mesh weights quantise streaming sizes remat splash attention ragged projection experts
-        kv_cache model sites loading
+    gemma: variants hf_config mesh weights quantise streaming sizes remat per_device splash flash attention ragged
+        projection experts kv_cache model sites loading
     run: runs metrics checkpoint
     pages: columns page report comparison comparison_page
     adapter: lowrank updates peft_folder lora start adapters tunix

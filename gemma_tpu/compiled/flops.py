@@ -105,6 +105,9 @@ def _meetings(size: int, window: int, out: int, slide: _Slide) -> int:
     return count
 
 
+PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # what its kernels are called as
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A Pallas kernel: its products and the bytes it streams, or None where nothing is known of it."""
@@ -120,6 +123,10 @@ def kernel(instruction: Instruction, owner: Computation) -> Kernel:
     splash = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
     if splash:
         return _splash(instruction, owner, name, splash[1])
+    flash = re.search(r"flash_(forward|dq|dkv)_(\d+)x(\d+)(?:_(\d+))?", name)
+    if flash:
+        window = int(flash[4]) if flash[4] else None
+        return _flash(instruction, owner, name, flash[1], (int(flash[2]), int(flash[3])), window)
     estimate = re.search(r'"cost_estimate":\{[^}]*?"flops":"?([\d.e+]+)', instruction.attributes)
     if estimate:
         return Kernel(name, float(estimate[1]), {}, f"kernel {name}: FLOPs from the cost estimate its author wrote")
@@ -162,6 +169,23 @@ def _splash(instruction: Instruction, owner: Computation, name: str, which: str)
     return Kernel(
         name, flops, streamed, f"kernel {name}: {count} products over {masked} of {block[0]} x {block[1]} blocks"
     )
+
+
+def _flash(
+    instruction: Instruction, owner: Computation, name: str, which: str, block: tuple[int, int], window: int | None
+) -> Kernel:
+    """Ours for GPUs (gemma/flash.py), whose name has its blocks and its window; keys and values come from the cache."""
+    q = owner.by_name[instruction.operands[0]].shape
+    rows, tokens, heads, head = q.dims
+    live = 0
+    for start in range(0, tokens, block[0]):
+        first = 0 if window is None else max(0, start + 1 - window)
+        live += -(-(start + block[0]) // block[1]) - first // block[1]
+    count = {"forward": 2, "dq": 3, "dkv": 4}[which]
+    flops = 2.0 * count * rows * heads * live * block[0] * block[1] * head
+    every = tokens // block[0] * (tokens // block[1])
+    return Kernel(name, flops, {}, f"kernel {name}: {count} products over {live} of {every} blocks, its operands read "
+                                   "once from memory")  # fmt: skip
 
 
 def _told(instruction: Instruction) -> dict[str, int]:

@@ -76,7 +76,7 @@ class Works:
         if target in FREE_CALLS:
             return Work("memory")
         moved = float(self.traffic.bytes(each, here))
-        if target != "tpu_custom_call":
+        if target not in flops.PALLAS:
             self.unknown[f"custom call {target}, counted by its bytes"] += 1
             return Work("memory", bytes=moved, memory=moved / self.bandwidth)
         kernel = flops.kernel(each, here)

@@ -16,9 +16,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from gemma_tpu.gemma import splash
+from gemma_tpu.gemma import flash, splash
 from gemma_tpu.gemma.mesh import platform
-from gemma_tpu.gemma.remat import named
+from gemma_tpu.gemma.remat import ATTENTION, named
 
 MASKED = -1e30  # finite: a row that is all padding stays a number
 MIN_CHUNK = 64  # shorter chunks make matmuls too small to be worth the keys they save
@@ -50,10 +50,12 @@ def attention(
     if q_index_BT is None:
         if platform() == "tpu" and splash.fits(q_BTNH.shape[1], q_BTNH.shape[-1]):
             return splash.splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window)
+        if platform() == "gpu" and flash.fits(q_BTNH.shape[1], q_BTNH.shape[-1], q_BTNH.dtype):
+            return flash.flash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window)
         return _blockwise(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window)
     k_index_S = jnp.arange(k_BSKH.shape[1])
     bias_BTS = _bias(q_index_BT, k_index_S, q_segments_BT, k_segments_BS, window)
-    return named(_softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale), splash.NAME)
+    return named(_softmax_attention(q_BTNH, k_BSKH, v_BSKH, bias_BTS, scale), ATTENTION)
 
 
 def against_cache(
@@ -166,7 +168,7 @@ def _blockwise_forward(
 ) -> tuple[jax.Array, Saved]:  # fmt: skip
     # Named here: what is kept by this name is kept for the backward pass below, and no block runs again for it.
     out_BTNH, sum_BTN1 = named(
-        _forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window), splash.NAME
+        _forward(q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, scale, window), ATTENTION
     )
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, out_BTNH, sum_BTN1)
 

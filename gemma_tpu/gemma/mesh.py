@@ -233,6 +233,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """Of those devices: "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return str((jax.devices()[0] if device is None else device).device_kind)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the mesh that is set; without one (a single device) this is the identity."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 # "none", "full", or the names of the activations to keep: on the device, or ("gate@host") in the host's memory
 Remat = str | Sequence[str]
 HOST = "@host"
+ATTENTION = "attention"  # the name of its output and of its row sums, which its kernels give themselves
 
 Function = TypeVar("Function", bound=Callable[..., object])
 Tree = TypeVar("Tree")

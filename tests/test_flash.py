@@ -1,0 +1,132 @@
+"""The GPU's attention kernel, interpreted on the CPU, against the plain form: outputs and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_tpu.gemma import flash
+from gemma_tpu.gemma import mesh as meshes
+from gemma_tpu.gemma.attention import attention
+from gemma_tpu.gemma.remat import rematerialise
+
+B, T = 2, 256
+
+
+def inputs(heads: int, kv_heads: int, head_dim: int):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((B, T, n, head_dim)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)
+    )
+    segments = np.ones((B, T), np.int32)
+    segments[0, 70:200], segments[0, 200:] = 2, 3
+    segments[1, 130:190], segments[1, 190:] = 2, 0  # ends in padding
+    return q, k, v, jnp.asarray(segments)
+
+
+def both(q, k, v, segments, window):
+    """Output and gradients of a weighted sum of it: of the kernel, and of the blockwise form in float32."""
+    share = np.random.default_rng(1).standard_normal(q.shape) * (np.asarray(segments) > 0)[..., None, None]
+
+    def weighed(run):
+        return lambda q, k, v: jnp.sum(run(q, k, v) * share)
+
+    def kernel(q, k, v):
+        return flash.flash(q, k, v, segments, scale=0.1, window=window, interpret=True)
+
+    def plain(q, k, v):
+        return attention(q, k, v, segments, segments, scale=0.1, window=window)
+
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    found = jax.jit(kernel)(q, k, v), *jax.jit(jax.grad(weighed(kernel), argnums=(0, 1, 2)))(q, k, v)
+    wanted = plain(*exact), *jax.grad(weighed(plain), argnums=(0, 1, 2))(*exact)
+    return found, wanted, np.asarray(segments) > 0
+
+
+def assert_close(found, wanted, real_BT):
+    """To what bfloat16 rounds: of the output and of the gradients themselves, and of the weights on the way."""
+    for one, want in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.bfloat16
+        one, want = (np.asarray(x, np.float32)[real_BT] for x in (one, want))
+        assert np.linalg.norm(one - want) < 4e-3 * np.linalg.norm(want)
+        np.testing.assert_allclose(one, want, rtol=0.01, atol=0.01 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "window"), [
+    (64, 4, 2, None), (64, 4, 4, 100), (64, 4, 1, 64), (64, 2, 2, 2), (128, 2, 1, T), (256, 2, 1, 40),
+    (256, 2, 2, None),
+])  # fmt: skip
+def test_the_kernel_is_the_plain_form_and_so_are_its_gradients(head_dim, heads, kv_heads, window):
+    assert_close(*both(*inputs(heads, kv_heads, head_dim), window))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", pytest.param("NVIDIA B200", marks=pytest.mark.slow)])
+def test_the_sizes_for_large_chips_give_the_same(monkeypatch, kind):
+    told = flash._size
+    monkeypatch.setattr(flash, "_size", lambda which, _, shape: told(which, (0.1, None, kind, True), shape))
+    assert_close(*both(*inputs(2, 1, 256), 40))
+
+
+# tp=4 has more devices than KV heads: each gets a copy of the one that its queries look at.
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tp": 2}, {"tp": 4}], ids=str)
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_heads(sizes):
+    with jax.set_mesh(meshes.build(sizes, jax.devices()[:4])):
+        assert_close(*both(*inputs(4, 2, 64), 100))
+
+
+@pytest.mark.parametrize("window, first, last", [
+    (None, [0, 0, 0, 3, 3, 3, 3, 7], [2, 2, 2, 6, 6, 6, 6, 7]),
+    (2, [0, 0, 1, 3, 3, 4, 5, 7], [1, 2, 2, 4, 5, 6, 6, 7]),
+    (1, list(range(8)), list(range(8))),
+])  # fmt: skip
+def test_what_a_token_sees_and_what_sees_it_are_runs(window, first, last):
+    found = flash.runs(jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]]), window)
+    assert [x.tolist() for x in found] == [[first], [last]]
+
+
+def test_blocks_that_nobody_sees_are_not_computed():
+    """A NaN in a key of another segment, blocks away, reaches nothing: 0 times it would be NaN."""
+    q, k, v, _ = inputs(2, 1, 64)
+    segments = jnp.asarray(np.repeat([[1, 2]], 128, axis=1).repeat(B, axis=0))
+    k, v = k.at[:, :60].set(jnp.nan), v.at[:, :60].set(jnp.nan)
+    run, back = jax.vjp(lambda *x: flash.flash(*x, segments, scale=0.1, window=None, interpret=True), q, k, v)
+    assert np.isfinite(run[:, 128:].astype(np.float32)).all() and not np.isfinite(run[:, :60].astype(np.float32)).any()
+    for gradient in back(jnp.ones_like(run)):
+        assert np.isfinite(gradient[:, 128:].astype(np.float32)).all()
+
+
+def test_its_output_is_kept_by_name_and_then_no_kernel_runs_again():
+    q, k, v, segments = inputs(2, 1, 64)
+
+    def again(remat) -> bool:
+        def run(q, k, v):
+            return jnp.sum(flash.flash(q, k, v, segments, scale=0.1, window=None, interpret=True))
+
+        program = jax.jit(jax.grad(rematerialise(run, remat))).lower(q, k, v).compile().as_text()
+        assert "/flash_dq" in program
+        return any("flash_forward" in line and "rematted_computation" in line for line in program.splitlines())
+
+    assert again("full") and not again(["attention"])
+
+
+def test_it_takes_only_what_fills_its_blocks_and_its_memory():
+    assert flash.fits(4096, 256, jnp.bfloat16) and flash.fits(384, 64, jnp.bfloat16)
+    assert not flash.fits(4096, 512, jnp.bfloat16) and not flash.fits(4000, 256, jnp.bfloat16)
+    assert not flash.fits(4096, 256, jnp.float32) and not flash.fits(4096, 96, jnp.bfloat16)
+    for sizes in [*flash.SIZES.values(), *(one for of in flash.LARGE_SIZES.values() for one in of.values())]:
+        assert all(flash.WHOLE % block == 0 for t, s, *_ in sizes.values() for block in (t, s))
+
+
+@pytest.mark.parametrize("kind, forward, dkv", [
+    *((kind, (128, 64, 8, 2), (32, 64, 8, 2)) for kind in (
+        "NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20", "NVIDIA H800")),
+    *((kind, (128, 64, 8, 2), (32, 64, 8, 1)) for kind in ("NVIDIA B200", "NVIDIA GB200", "NVIDIA B300")),
+    *((kind, (64, 32, 8, 2), (32, 32, 8, 2)) for kind in (
+        "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA GB10",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA A10G")),
+])  # fmt: skip
+def test_only_chips_with_the_shared_memory_get_large_blocks(kind, forward, dkv):
+    told = (0.1, None, kind, False)
+    assert flash._size("forward", told, (1, 4096, 8, 256)) == forward
+    assert flash._size("dkv", told, (1, 4096, 8, 256)) == dkv
+    assert flash._size("dq", told, (1, 4096, 8, 128)) == flash.SIZES[128]["dq"]
