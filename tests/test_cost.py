@@ -142,7 +142,7 @@ def test_a_config_is_planned_and_its_rivals_too(capsys):
     first, second = found["sides"]
     assert code == 0 and first["training"]["slice"] == "v5p-8" and second["serving"]["slice"] == "h100x2"
     assert found["training_usd"] == pytest.approx(first["training"]["hours"] * 16.80)
-    assert not first["training"]["measured"] and "fitted to TPU schedules" in second["training"]["source"]
+    assert not first["training"]["measured"] and "schedules of XLA's GPU compiler" in second["training"]["source"]
     assert first["training"]["usd"]["spot"][0] < first["training"]["usd"]["spot"][1] < found["training_usd"]
 
 

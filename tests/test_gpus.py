@@ -3,17 +3,23 @@
 
 import json
 import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
+import jax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from gemma_tpu import cli, config
 from gemma_tpu.compiled.links import Switch, Transfer
 from gemma_tpu.compiled.walk import GPU_ASSUMPTIONS, schedule, walk
 from gemma_tpu.estimate import advice, budget
+from gemma_tpu.gemma import flash
+from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.hardware import chips, gpus
-from gemma_tpu.planning import compilation, plan, subject
+from gemma_tpu.planning import compilation, plan, subject, sweep
 from gemma_tpu.planning.workload import workload
 from gemma_tpu.step.job import Job
 from gemma_tpu.training import compiling
@@ -77,8 +83,13 @@ def test_who_chooses_for_the_user_leaves_more_of_a_gpu_free():
     arch = subject.find_model(chosen.model.path).architecture
     sizes = {"data": 1, "fsdp": 8, "expert": 1, "tp": 1}
     policy, _ = advice.choose_remat(arch, chosen, H100S, sizes)
-    peak = budget.memory(arch, Job.of(chosen, sizes, policy), H100S)  # the compiler needs up to 22 % more
-    assert peak.total <= 0.8 * peak.limit < 0.9 * peak.limit
+    peak = budget.memory(arch, Job.of(chosen, sizes, policy), H100S)  # the compiler needs up to 15 % more
+    assert peak.total <= 0.8 * peak.limit
+
+
+def test_a_gpu_that_was_compiled_for_is_not_called_a_roofline():
+    asked, unasked = (SimpleNamespace(compilation=of, basis="schedule", fits=True) for of in (object(), None))
+    assert [sweep.Row(H100S, of, None).basis for of in (asked, unasked, None)] == ["schedule", "roofline", "roofline"]
 
 
 def test_a_switch_is_one_way_that_collectives_share():
@@ -118,6 +129,41 @@ def test_where_no_compiler_can_be_asked_the_plan_is_arithmetic_and_says_why(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not gpus.installed(), reason="JAX's CUDA plugin is not installed: `make test-gpu-plans`")
+@pytest.mark.skipif(not shutil.which("ptxas"), reason="no ptxas, which CUDA's toolkit brings, to make the code")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name, target", [
+    ("h100", "sm_90a"), ("h200", "sm_90a"), ("b200", "sm_100a"), ("a100", "sm_80"), ("l4", "sm_89"),
+])  # fmt: skip
+def test_the_attention_kernel_has_the_registers_and_the_memory_that_it_needs(tmp_path, name, target, head_dim):
+    """Too much shared memory is an error of the compiler; registers that do not fit are written to memory and back."""
+    chip = chips.chips()[name]
+    device = gpus.devices(name, 1, chip.hbm_gib, chip.hbm_gbs)[0]
+    here = SingleDeviceSharding(device)
+
+    def of(*dims, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    def loss(q, k, v, segments):
+        return flash.flash(q, k, v, segments, scale=1.0, window=1024).astype("float32").sum()
+
+    kv = of(1, 4096, 2, head_dim)
+    with jax.set_mesh(meshes.build({}, [device])):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(of(1, 4096, 8, head_dim), kv, kv,
+                                                                  of(1, 4096, dtype="int32"))  # fmt: skip
+        traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    seen = set()
+    for file in tmp_path.glob("*.ptx"):
+        kernel = re.search(r"entry (flash_[a-z]+)_", file.read_text())
+        if kernel:
+            told = subprocess.run(["ptxas", f"-arch={target}", "-v", file, "-o", "/dev/null"], capture_output=True,
+                                  text=True, check=True).stderr  # fmt: skip
+            assert int(re.search(r"(\d+) bytes spill stores", told)[1]) <= 16, told  # of 1,020 that a thread has
+            seen.add(kernel[1])
+    assert seen == {"flash_forward", "flash_dq", "flash_dkv"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpus.installed(), reason="JAX's CUDA plugin is not installed: `make test-gpu-plans`")
 @pytest.mark.parametrize("file, slice_, more", [
     ("gemma4_e2b_v6e1.yaml", "h100x1", ()),
     ("gemma3_4b_v6e1.yaml", "h200x1", ()),
@@ -136,5 +182,6 @@ def test_the_step_compiles_for_gpus_that_are_not_there_and_its_memory_is_as_plan
                                                   "tokens_per_s", "mfu", "compile_s")}))  # fmt: skip
     assert made.fits and made.basis == "schedule" and not made.walk.unknown
     assert made.memory.total == pytest.approx(made.peak_gib, rel=plan.ANALYTIC["gpu"])
+    assert made.estimate.step_s == pytest.approx(made.step_s, rel=0.1)
     useful = made.estimate.flops_per_token * chosen.train.batch_size * chosen.data.max_seq_len / made.place.devices
     assert 0.9 * useful < made.walk.flops < 1.5 * useful

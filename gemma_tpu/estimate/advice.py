@@ -16,7 +16,7 @@ from gemma_tpu.step.job import NAMES, Job, Policy
 
 # Close to its limit XLA recomputes on its own account and stops overlapping (seen on v5p from 10 GiB under).
 HEADROOM = 0.10
-# XLA's GPU compiler turns stacks of activations over between its loops: its peak was up to 22 % over the arithmetic.
+# XLA's GPU compiler turns stacks of activations over between its loops: its peak was up to 15 % over the arithmetic.
 GPU_HEADROOM = 0.20
 
 

@@ -67,6 +67,7 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", "ok", f"{count}, as declared")
     for name, what, fix in (
         ("libtpu", "training on TPU, and `plan` by the TPU compiler", "pip install 'gemma_tpu[tpu]'"),
+        ("jax-cuda13-plugin", "training on GPUs, and `plan` by XLA's GPU compiler", "pip install 'gemma_tpu[cuda]'"),
         ("torch", "`verify` asks transformers and PEFT where it is there", "pip install torch peft"),
         ("pyarrow", "Parquet data", "pip install 'gemma_tpu[parquet]'"),
         ("gcsfs", "gs:// paths", "pip install 'gemma_tpu[gcs]'"),

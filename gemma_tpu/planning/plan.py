@@ -56,6 +56,10 @@ class Plan:
     full: bool = False
     options: tuple[advice.Option, ...] = ()
 
+    @property
+    def could_be_compiled(self) -> bool:
+        return self.place.chip.kind == "tpu" or not _no_compiler(self.place)
+
     # --- memory ---
 
     @property
@@ -77,10 +81,6 @@ class Plan:
         return self.peak_gib / self.memory.total
 
     # --- time ---
-
-    @property
-    def could_be_compiled(self) -> bool:
-        return self.place.chip.kind == "tpu" or not _no_compiler(self.place)
 
     @property
     def walk(self) -> Walk | None:
