@@ -1,10 +1,14 @@
 """The GPU's attention kernel, interpreted on the CPU, against the plain form: outputs and gradients."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SMALL, load, loss_and_grads, micro_batches, random_rows, relative_error, sheet
 
+from gemma_tpu.gemma import attention as attention_module
 from gemma_tpu.gemma import flash
 from gemma_tpu.gemma import mesh as meshes
 from gemma_tpu.gemma.attention import attention
@@ -107,6 +111,30 @@ def test_its_output_is_kept_by_name_and_then_no_kernel_runs_again():
         return any("flash_forward" in line and "rematted_computation" in line for line in program.splitlines())
 
     assert again("full") and not again(["attention"])
+
+
+def test_a_whole_model_trains_with_it_as_with_the_other_form(tiny, monkeypatch):
+    """Both kinds of layers, windows and global, in bfloat16: as far from the float32 gradients as the blockwise form."""
+    folder = tiny(**dict(SMALL, head_dim=16, global_head_dim=32, window=40))
+    rows = random_rows([70, 130, 40, 200], SMALL["vocab"])
+    batch = micro_batches(sheet([[rows[0], rows[1]], [rows[2], rows[3]]], T))
+    exact, wanted = loss_and_grads(load(folder, rank=3), batch)
+    model = load(folder, dtype="bfloat16", rank=3)
+    plain, by_blocks = loss_and_grads(model, batch)
+    taken = []
+
+    def kernel(*args, **more):
+        taken.append(more["window"])
+        return flash.flash(*args, **more, interpret=True)
+
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "flash", SimpleNamespace(flash=kernel, fits=lambda *of: True))
+    monkeypatch.setattr(flash, "SIZES", dict.fromkeys((16, 32), flash.SMALLER_HEADS))
+    loss, found = loss_and_grads(model, batch)
+    assert set(taken) == {40, None}
+    assert abs(loss - exact) < max(2 * abs(plain - exact), 2e-3 * exact)
+    for name, want in wanted.items():
+        assert relative_error(found[name], want) < max(1.5 * relative_error(by_blocks[name], want), 0.02), name
 
 
 def test_it_takes_only_what_fills_its_blocks_and_its_memory():
