@@ -148,6 +148,8 @@ def test_splash_attention_streams_keys_and_values_for_every_block():
     ("flash_forward_128x64", 2, 2 * 16 * 17 // 2),  # 16 blocks of queries: 2, 4, … 32 blocks of keys
     ("flash_dq_64x64", 3, 32 * 33 // 2 / 2),  # blocks of half the size
     ("flash_dkv_64x64_512", 4, (36 + 24 * 9) / 2),  # 1 to 8, and then the window's 8 and the block's own
+    ("flash_dq_64x64_513", 3, (36 + 24 * 9) / 2),  # the first query sees 512 before it: whole blocks
+    ("flash_dq_64x64_514", 3, (36 + 9 + 23 * 10) / 2),  # and now one key of the block before them
 ])  # fmt: skip
 def test_our_kernel_for_gpus_counts_the_blocks_its_name_tells(name, products, blocks):
     found = module(

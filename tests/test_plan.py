@@ -17,6 +17,7 @@ from gemma_tpu.data.corpus import prepare
 from gemma_tpu.data.tokenizer import Tokenizer
 from gemma_tpu.errors import RunError, UserError
 from gemma_tpu.estimate import advice, budget
+from gemma_tpu.gemma import sizes
 from gemma_tpu.hardware import chips
 from gemma_tpu.planning import calibration as calibrations
 from gemma_tpu.planning import compilation, plan, plan_page, plan_text, subject, sweep
@@ -151,6 +152,19 @@ def test_auto_remat_keeps_everything_where_memory_is_ample_or_not_known():
     assert advice.choose_remat(arch, chosen, None, {"fsdp": 4})[0] == every
     full = config.load(FAST, ["train.method=full"])
     assert advice.choose_remat(arch, full, None, {"fsdp": 4})[0] == tuple(name for name in every if name != "lora_h")
+
+
+@pytest.mark.parametrize("size, on, rows, rank, micro_batches, copied", [
+    ("gemma4-e2b", "v6e-1", 8, 16, 8, False),  # fewer tokens at once: more of what they make stays on the chip
+    ("gemma4-e2b", "h100x1", 8, 16, 2, False),  # no such thing on a GPU, and each micro-batch reads the weights anew
+    ("gemma4-12b", "v5e-4", 8, 32, 8, True),  # tp=4 is faster though its one global KV head is held four times
+    ("gemma4-31b", "v5p-8", 4, 64, 1, False),
+])  # fmt: skip
+def test_the_fastest_way_on_a_slice_is_that_of_the_compilers_schedules(size, on, rows, rank, micro_batches, copied):
+    asked = config.load(FAST, [f"lora.rank={rank}", "train.accumulation=1", f"train.batch_size={rows}"])
+    job = Job.of(asked, {}, "full")
+    best = advice.best_on(sizes.architecture(size), job, chips.find(on))
+    assert (best.job.accumulation, best.job.replicate_kv) == (micro_batches, copied)
 
 
 def test_auto_remat_keeps_nothing_where_even_that_is_tight_and_says_so():

@@ -105,7 +105,8 @@ def _meetings(size: int, window: int, out: int, slide: _Slide) -> int:
     return count
 
 
-PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # what its kernels are called as
+# What its kernels are called as; the last is what JAX writes from jaxlib 0.10.3 on.
+PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 
 
 @dataclass(frozen=True)

@@ -237,15 +237,18 @@ def best_on(architecture: Architecture, job: Job, place: Slice, bias: float = 1.
 
 
 def every_mesh(architecture: Architecture, job: Job, place: Slice, bias: float = 1.0) -> Iterator[Option]:
-    """For each mesh and number of micro-batches the fastest way that fits; KV heads are copied only if none does."""
+    """For each mesh and number of micro-batches the fastest way that fits; KV heads are copied only where a mesh asks
+    for it."""
     found: list[Option] = []
     for replicate in dict.fromkeys((job.replicate_kv, True)):
-        found = found or list(_every_split(architecture, job.change(replicate_kv=replicate), place, bias))
+        split = _every_split(architecture, job.change(replicate_kv=replicate), place, bias)
+        meshes = {one.job.mesh for one in found}
+        found += [one for one in split if one.job.mesh not in meshes]
     yield from found
 
 
 def _every_split(architecture: Architecture, job: Job, place: Slice, bias: float) -> Iterator[Option]:
-    rows, settled = job.rows * job.accumulation, set()
+    rows, settled, gpu = job.rows * job.accumulation, set(), place.chip.kind == "gpu"
     for accumulation in (count for count in range(1, rows + 1) if rows % count == 0):
         base = job.change(rows=rows // accumulation, accumulation=accumulation)
         for choice in budget.valid_meshes(architecture, place, base):
@@ -254,5 +257,6 @@ def _every_split(architecture: Architecture, job: Job, place: Slice, bias: float
                 continue
             for one in with_remat(architecture, changed, place, "mesh", bias):
                 yield one
-                if one.job.remat == names(job):  # nothing is computed again: smaller micro-batches gain nothing
+                # Nothing is computed again, and no less would stay on the chip: smaller micro-batches gain nothing.
+                if one.job.remat == names(job) and (changed.tokens_here <= roofline.FEW // 2 or gpu):
                     settled.add(changed.mesh)

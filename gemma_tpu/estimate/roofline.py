@@ -6,6 +6,7 @@ gradients: forward 2N and backward 2N. The backward pass of adapters and of atte
 pass. What remat recomputes costs time and is no useful work: MFU leaves it out.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,26 +20,28 @@ from gemma_tpu.step.job import Job, placed
 class Pace:
     """What share of a peak is reached, and what is waited for; fitted to walks over compiled schedules."""
 
-    matmul: float = 0.97  # of the peak
+    matmul: float = 0.99  # of the peak
     attention: float = 0.75  # of the peak: blocks on the edge of a mask are computed whole
     attention_backward: float = 3.5  # times the forward pass: both of its kernels redo the scores
-    activation_passes: float = 5.0  # over every named activation: norms, RoPE, the residual, copies
-    adapter_passes: float = 2.0  # over inputs and outputs of adapted projections: too few FLOPs to hide them
-    logits_passes: float = 5.0  # over the float32 logits
+    activation_passes: float = 7.0  # over every named activation: norms, RoPE, the residual, copies
+    adapter_passes: float = 0.5  # over inputs and outputs of adapted projections: too few FLOPs to hide them
+    logits_passes: float = 0.5  # over the float32 logits: most of a chunk stays on the chip
     state_passes: float = 8.0  # over what trains: gradients, moments, values, read and written
     expert_passes: float = 0.0  # over the rows of experts, where they are sorted into blocks by a program of its own
+    crowding: float = 0.15  # of these passes more for each doubling of a device's tokens beyond FEW: less stays on chip
     tp_forward: float = 4.0  # times a layer's residual stream over the links; again where remat recomputes
     tp_backward: float = 8.0
-    exposed_fsdp: float = 1.0  # of the time of weight gathers: that which no matmul hides
-    exposed_tp: float = 1.0
+    exposed_fsdp: float = 0.72  # of the time of weight gathers: that which no matmul hides
+    exposed_tp: float = 0.8
 
 
 PACE = Pace()
 # Fitted to what XLA's GPU compiler makes of the same step (benchmarks/gpu_plans.py), walked with matmuls at the full
 # peak: no time is lost in them there, and far more passes over memory are programs of their own. Attention: heads of
 # 512 have no kernel and pass over their scores.
-GPU_PACE = Pace(matmul=1.0, attention=0.6, activation_passes=16.0, adapter_passes=4.5, expert_passes=15.0,
-                exposed_fsdp=0.5, exposed_tp=0.5)  # fmt: skip
+GPU_PACE = Pace(matmul=1.0, attention=0.6, activation_passes=16.0, adapter_passes=4.5, logits_passes=5.0,
+                expert_passes=15.0, crowding=0.0, exposed_fsdp=0.5, exposed_tp=0.5)  # fmt: skip
+FEW = 4096  # tokens of a micro-batch on a device
 ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 GPU_SHARES = (
     "shares of it that were fitted to the schedules of XLA's GPU compiler, with matmuls at the full peak, which no GPU "
@@ -184,12 +187,13 @@ def estimate(arch: Architecture, job: Job, place: Slice, pace: Pace | None = Non
     attention = done.attention + done.recomputed_attention + backward
     matmuls = done.executed - 3 * done.attention - done.recomputed_attention
     weights = sum(layer_weights(arch, job)) * (3 if done.recomputed else 2) * job.accumulation
+    exposed = 1.0 if place.slices > 1 else pace.exposed_fsdp  # with a data axis, XLA gathers while nothing else runs
     parts = {
         # Few tokens: the matmuls wait for their weights.
         "matmul": max(tokens * matmuls / (peak * pace.matmul), weights / bandwidth),
         "attention": tokens * attention / (peak * pace.attention),
-        "memory": _bytes(arch, job, pace, tokens) / bandwidth,
-        "fsdp links": pace.exposed_fsdp * _fsdp_seconds(arch, job, place),
+        "memory": _bytes(arch, job, pace, tokens) / bandwidth * (1 + pace.crowding * _crowd(job)),
+        "fsdp links": exposed * _fsdp_seconds(arch, job, place),
         "tp links": pace.exposed_tp * _tp_seconds(arch, job, place, pace, done),
         "network": _network_seconds(arch, job, place),
     }
@@ -200,6 +204,11 @@ def estimate(arch: Architecture, job: Job, place: Slice, pace: Pace | None = Non
         mfu=rate * done.useful / (place.chips * chip.bf16_tflops * 1e12), flops_per_token=done.useful,
         formula=done.formula, parts=parts, assumptions=_assumptions(place, pace, job),
     )  # fmt: skip
+
+
+def _crowd(job: Job) -> float:
+    """How often the tokens of a micro-batch on a device have doubled since FEW; halving them helps once."""
+    return max(-1.0, math.log2(job.tokens_here / FEW))
 
 
 def _bytes(arch: Architecture, job: Job, pace: Pace, tokens: float) -> float:
@@ -257,22 +266,25 @@ def _link_bandwidth(place: Slice, count: int) -> float:
     ring = 4 if len(sides) == 3 else 16
     links = sum(2 if side % ring == 0 else 1 for side in sides if side > 1)
     links = max(1, min(links, count // 2, 2 if count < place.devices // place.slices else links))
-    return links * chip.link_gbs * 1e9
+    return links * chip.link_gbs * 1e9 / chip.devices  # those of one chip share its links
 
 
 def _assumptions(place: Slice, pace: Pace, job: Job) -> tuple[str, ...]:
     lines = [
-        "analytic: a bound with good kernels, not a measurement",
+        "analytic: fitted to schedules that compilers made, not a measurement",
         f"peaks of one {place.chip.name}: {place.chip.bf16_tflops:g} bf16 TFLOP/s, "
         f"{place.chip.hbm_gbs:g} GB/s of HBM ({place.chip.source})",
         f"matmuls at {pace.matmul:.0%} of the peak, attention at {pace.attention:.0%}, its backward pass "
         f"{pace.attention_backward:g} times its forward pass",
         "attention is causal within the whole packed row, and within the window of local layers",
-        f"{pace.activation_passes:g} passes over the named activations, {pace.logits_passes:g} over the "
-        "logits",
+        f"{pace.activation_passes:g} passes over the named activations, {pace.logits_passes:g} over the logits"
+        + (f", {pace.crowding:.0%} more for each doubling of a device's {FEW:,} tokens" if pace.crowding else "")
+        + (f", {pace.adapter_passes:g} over what adapters read and write" if job.method == "lora" else "")
+        + (f", {pace.expert_passes:g} over the rows of experts" if pace.expert_passes else ""),
     ]
     if job.size("fsdp") > 1:
-        lines.append(f"{pace.exposed_fsdp:.0%} of the time of fsdp's weight gathers is waited for")
+        exposed = 1.0 if place.slices > 1 else pace.exposed_fsdp
+        lines.append(f"{exposed:.0%} of the time of fsdp's weight gathers is waited for")
     if job.size("tp") > 1:
         lines.append(f"{pace.exposed_tp:.0%} of the time of tp's gathers and scatters is waited for")
     if place.slices > 1:

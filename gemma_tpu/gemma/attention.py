@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tpu.gemma import flash, splash
-from gemma_tpu.gemma.mesh import platform
+from gemma_tpu.gemma.mesh import device_kind, platform
 from gemma_tpu.gemma.remat import ATTENTION, named
 
 MASKED = -1e30  # finite: a row that is all padding stays a number
@@ -50,7 +50,7 @@ def attention(
     if q_index_BT is None:
         if platform() == "tpu" and splash.fits(q_BTNH.shape[1], q_BTNH.shape[-1]):
             return splash.splash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window)
-        if platform() == "gpu" and flash.fits(q_BTNH.shape[1], q_BTNH.shape[-1], q_BTNH.dtype):
+        if platform() == "gpu" and flash.fits(q_BTNH.shape[1], q_BTNH.shape[-1], q_BTNH.dtype, device_kind()):
             return flash.flash(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window)
         return _blockwise(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, scale, window)
     k_index_S = jnp.arange(k_BSKH.shape[1])

@@ -38,9 +38,14 @@ LARGE_SIZES: dict[re.Pattern[str], dict[int, dict[str, Size]]] = {
 }
 
 
-def fits(tokens: int, head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
+# Triton makes code for Ampere and what came after it; of other makers' GPUs nothing is known here.
+OTHERS = re.compile(r"AMD|Radeon|gfx\d|\b[KMPV]\d{1,3}\b|\bT4G?\b|\bT\d{3,4}\b|TITAN|GTX|Quadro|RTX 20\d\d")
+
+
+def fits(tokens: int, head_dim: int, dtype: jax.typing.DTypeLike, kind: str) -> bool:
     """Heads of 512 need more registers and shared memory than there are; float32 would be rounded to TF32."""
-    return tokens % WHOLE == 0 and head_dim in SIZES and dtype == jnp.bfloat16
+    whole = tokens % WHOLE == 0 and head_dim in SIZES
+    return whole and dtype == jnp.bfloat16 and not OTHERS.search(kind)
 
 
 def flash(
