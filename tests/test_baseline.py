@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ import yaml
 from gemma_tpu import cli, config
 from gemma_tpu.data.packing import fill
 from gemma_tpu.errors import UserError
+from gemma_tpu.gemma import hf_config, sizes
 from gemma_tpu.pages import comparison
+from gemma_tpu.tiny import archs
+from gemma_tpu.tiny import config as tiny_config
 
 HERE = Path(__file__).parent.parent / "recipes" / "gpu_baseline"
 BESIDE = Path(os.environ.get("GEMMA_TPU_CLIENTS", HERE.parent.parent / ".client-envs")) / "trl"
@@ -211,3 +215,27 @@ def comparison_of_adapters(run_dir: Path) -> float:
     first, last = (load_file(run_dir / name / "adapter_model.safetensors") for name in ("start", "adapter"))
     assert {name: x.shape for name, x in first.items()} == {name: x.shape for name, x in last.items()}
     return min(float(np.abs(x).max()) for name, x in last.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("size", ["gemma4-e2b", "gemma4-e4b", "gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b"])
+def test_the_random_weights_of_the_gpu_benchmark_have_the_published_geometry(monkeypatch, size):
+    monkeypatch.syspath_prepend(str(HERE.parent.parent / "benchmarks"))
+    import peers_gpu
+
+    row = archs.ARCHS[size]
+    dims = replace(row.dims, **peers_gpu.dims(size))
+    assert not row.broken_rules(dims)
+    made = hf_config.from_config(tiny_config.model_config(dims, "bfloat16", True, size))
+    published = sizes.architecture(size)
+    assert made.layers == published.layers and sizes.parameters(made) == sizes.parameters(published)
+    assert replace(made, prefix=published.prefix) == published
+
+
+def test_the_gpu_benchmark_takes_medians_of_what_came_after_the_first_updates(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(HERE.parent.parent / "benchmarks"))
+    import peers_gpu
+
+    rows = [{"step": n, "tokens_per_s": rate, "mfu": 0.5} for n, rate in enumerate((1, 2, 30, 10, 20), start=1)]
+    rows.insert(3, {"step": 3, "val_loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert peers_gpu.figures(tmp_path) == {"tokens_per_s": 20, "mfu": 0.5, "memory_gib": None, "updates": 3}

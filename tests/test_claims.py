@@ -116,7 +116,7 @@ def test_every_command_parses_by_the_scripts_own_parser(bench, found, monkeypatc
 
 
 def test_every_script_of_benchmarks_is_behind_a_claim(found):
-    helpers = {"claims.py", "run.py", "pictures.py", "plans.py", "gpu_plans.py"}
+    helpers = {"claims.py", "run.py", "pictures.py", "plans.py", "gpu_plans.py", "peers_gpu.py"}
     scripts = {path.name for path in BENCHMARKS.glob("*.py")} - helpers
     assert scripts <= {Path(run.command.split()[0]).name for run in found.runs.values()}
 

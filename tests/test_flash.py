@@ -57,8 +57,8 @@ def assert_close(found, wanted, real_BT):
 
 
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "window"), [
-    (64, 4, 2, None), (64, 4, 4, 100), (64, 4, 1, 64), (64, 2, 2, 2), (128, 2, 1, T), (256, 2, 1, 40),
-    (256, 2, 2, None),
+    (64, 4, 2, None), (64, 4, 4, 100), (128, 2, 1, T), (256, 2, 1, 40),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in ((64, 4, 1, 64), (64, 2, 2, 2), (256, 2, 2, None))),
 ])  # fmt: skip
 def test_the_kernel_is_the_plain_form_and_so_are_its_gradients(head_dim, heads, kv_heads, window):
     assert_close(*both(*inputs(heads, kv_heads, head_dim), window))
@@ -72,7 +72,8 @@ def test_the_sizes_for_large_chips_give_the_same(monkeypatch, kind):
 
 
 # tp=4 has more devices than KV heads: each gets a copy of the one that its queries look at.
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tp": 2}, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param({"fsdp": 2, "tp": 2}, marks=pytest.mark.slow), {"tp": 4}],
+                         ids=str)  # fmt: skip
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_heads(sizes):
     with jax.set_mesh(meshes.build(sizes, jax.devices()[:4])):
         assert_close(*both(*inputs(4, 2, 64), 100))
