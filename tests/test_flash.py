@@ -1,5 +1,6 @@
 """The GPU's attention kernel, interpreted on the CPU, against the plain form: outputs and gradients."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -7,44 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SMALL, load, loss_and_grads, micro_batches, random_rows, relative_error, sheet
+from test_splash import B, T
+from test_splash import both as splash_both
+from test_splash import inputs as splash_inputs
 
 from gemma_tpu.gemma import attention as attention_module
 from gemma_tpu.gemma import flash
 from gemma_tpu.gemma import mesh as meshes
-from gemma_tpu.gemma.attention import attention
 from gemma_tpu.gemma.remat import rematerialise
 
-B, T = 2, 256
-
-
-def inputs(heads: int, kv_heads: int, head_dim: int):
-    rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((B, T, n, head_dim)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)
-    )
-    segments = np.ones((B, T), np.int32)
-    segments[0, 70:200], segments[0, 200:] = 2, 3
-    segments[1, 130:190], segments[1, 190:] = 2, 0  # ends in padding
-    return q, k, v, jnp.asarray(segments)
-
-
-def both(q, k, v, segments, window):
-    """Output and gradients of a weighted sum of it: of the kernel, and of the blockwise form in float32."""
-    share = np.random.default_rng(1).standard_normal(q.shape) * (np.asarray(segments) > 0)[..., None, None]
-
-    def weighed(run):
-        return lambda q, k, v: jnp.sum(run(q, k, v) * share)
-
-    def kernel(q, k, v):
-        return flash.flash(q, k, v, segments, scale=0.1, window=window, interpret=True)
-
-    def plain(q, k, v):
-        return attention(q, k, v, segments, segments, scale=0.1, window=window)
-
-    exact = [x.astype(jnp.float32) for x in (q, k, v)]
-    found = jax.jit(kernel)(q, k, v), *jax.jit(jax.grad(weighed(kernel), argnums=(0, 1, 2)))(q, k, v)
-    wanted = plain(*exact), *jax.grad(weighed(plain), argnums=(0, 1, 2))(*exact)
-    return found, wanted, np.asarray(segments) > 0
+inputs, both = partial(splash_inputs, dtype=jnp.bfloat16), partial(splash_both, run=flash.flash)
 
 
 def assert_close(found, wanted, real_BT):

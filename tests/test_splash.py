@@ -12,38 +12,38 @@ from gemma_tpu.gemma.attention import attention
 B, T = 2, 256
 
 
-def inputs(heads: int, kv_heads: int, head_dim: int):
+def inputs(heads: int, kv_heads: int, head_dim: int, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((B, T, n, head_dim)), jnp.float32) for n in (heads, kv_heads, kv_heads)
-    )
+    q, k, v = (jnp.asarray(rng.standard_normal((B, T, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads))
     segments = np.ones((B, T), np.int32)
     segments[0, 70:200], segments[0, 200:] = 2, 3
     segments[1, 130:190], segments[1, 190:] = 2, 0  # ends in padding
     return q, k, v, jnp.asarray(segments)
 
 
-def both(q, k, v, segments, window):
-    """Output and gradients of a weighted sum of it, of the kernel and of the plain form; padding has no weight."""
+def both(q, k, v, segments, window, run=splash.splash):
+    """Output and gradients of a weighted sum of it, of a kernel and of the plain form in float32; padding has no
+    weight."""
     share = np.random.default_rng(1).standard_normal(q.shape) * (np.asarray(segments) > 0)[..., None, None]
 
     def weighed(run):
         return lambda q, k, v: jnp.sum(run(q, k, v) * share)
 
     def kernel(q, k, v):
-        return splash.splash(q, k, v, segments, scale=0.1, window=window, interpret=True)
+        return run(q, k, v, segments, scale=0.1, window=window, interpret=True)
 
     def plain(q, k, v):
         return attention(q, k, v, segments, segments, scale=0.1, window=window)
 
-    found = jax.jit(kernel)(q, k, v), jax.jit(jax.grad(weighed(kernel), argnums=(0, 1, 2)))(q, k, v)
-    wanted = plain(q, k, v), jax.grad(weighed(plain), argnums=(0, 1, 2))(q, k, v)
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    found = jax.jit(kernel)(q, k, v), *jax.jit(jax.grad(weighed(kernel), argnums=(0, 1, 2)))(q, k, v)
+    wanted = plain(*exact), *jax.grad(weighed(plain), argnums=(0, 1, 2))(*exact)
     return found, wanted, np.asarray(segments) > 0
 
 
 def assert_equal(found, wanted, real_BT):
     np.testing.assert_allclose(np.asarray(found[0])[real_BT], np.asarray(wanted[0])[real_BT], atol=2e-6)
-    for grad, want in zip(found[1], wanted[1], strict=True):
+    for grad, want in zip(found[1:], wanted[1:], strict=True):
         np.testing.assert_allclose(grad, want, atol=2e-5)
 
 
