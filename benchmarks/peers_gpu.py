@@ -72,6 +72,17 @@ def call(*command: object) -> None:
         sys.exit(f"this call failed: {' '.join(map(str, command))}")
 
 
+def check_peer(python: Path) -> None:
+    """That the peer could run at all."""
+    try:
+        found = subprocess.run([python, "-c", "import torch, trl, peft, accelerate"], capture_output=True, text=True)
+    except OSError as error:
+        sys.exit(f"--python {python}: {error.strerror}")
+    if found.returncode:
+        last = found.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
+        sys.exit(f"--python {python} has no torch, trl, peft and accelerate: {last[0]}")
+
+
 def figures(run: Path) -> dict[str, float | None]:
     """Medians of the updates after the first ones."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -96,6 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.updates <= WARM_UP:
         parser.error(f"--updates {args.updates}: the first {WARM_UP} do not count, so more are needed")
+    check_peer(args.python)  # before anything is written or trained: the machine costs by the hour
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = (args.keep or folder) / f"{args.size}-random"

@@ -239,3 +239,15 @@ def test_the_gpu_benchmark_takes_medians_of_what_came_after_the_first_updates(mo
     rows.insert(3, {"step": 3, "val_loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert peers_gpu.figures(tmp_path) == {"tokens_per_s": 20, "mfu": 0.5, "memory_gib": None, "updates": 3}
+
+
+@pytest.mark.parametrize("python, words", [("/nowhere/python", "No such file"), (None, "has no torch, trl")])
+def test_the_gpu_benchmark_asks_for_its_peer_before_it_trains(monkeypatch, tmp_path, python, words):
+    monkeypatch.syspath_prepend(str(HERE.parent.parent / "benchmarks"))
+    import peers_gpu
+
+    bare = tmp_path / "python"  # a Python that has nothing of the kind
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(SystemExit, match=words):
+        peers_gpu.check_peer(Path(python or bare))

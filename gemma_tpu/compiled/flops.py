@@ -186,7 +186,7 @@ def _flash(
     flops = 2.0 * count * rows * heads * live * block[0] * block[1] * head
     every = tokens // block[0] * (tokens // block[1])
     return Kernel(name, flops, {}, f"kernel {name}: {count} products over {live} of {every} blocks, its operands read "
-                                   "once from memory")  # fmt: skip
+                                   "once from memory, then from the cache")  # fmt: skip
 
 
 def _told(instruction: Instruction) -> dict[str, int]:
