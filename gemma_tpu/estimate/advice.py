@@ -248,7 +248,7 @@ def every_mesh(architecture: Architecture, job: Job, place: Slice, bias: float =
 
 
 def _every_split(architecture: Architecture, job: Job, place: Slice, bias: float) -> Iterator[Option]:
-    rows, settled, gpu = job.rows * job.accumulation, set(), place.chip.kind == "gpu"
+    rows, settled = job.rows * job.accumulation, set()
     for accumulation in (count for count in range(1, rows + 1) if rows % count == 0):
         base = job.change(rows=rows // accumulation, accumulation=accumulation)
         for choice in budget.valid_meshes(architecture, place, base):
@@ -258,5 +258,5 @@ def _every_split(architecture: Architecture, job: Job, place: Slice, bias: float
             for one in with_remat(architecture, changed, place, "mesh", bias):
                 yield one
                 # Nothing is computed again, and no less would stay on the chip: smaller micro-batches gain nothing.
-                if one.job.remat == names(job) and (changed.tokens_here <= roofline.FEW // 2 or gpu):
+                if one.job.remat == names(job) and changed.tokens_here <= roofline.FEW // 2:
                     settled.add(changed.mesh)
